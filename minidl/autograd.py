@@ -1,0 +1,584 @@
+"""The tape and the walk back along it (reverse-mode differentiation).
+
+Every recorded op leaves a `Node`: which op, where the gradients of its inputs go (`edges`: an
+earlier node, a leaf tensor, or None), and the arrays that its gradient rule asked for (`saved`).
+Nodes point only backwards, and never to the tensor that they made: drop the tensor and the tape
+behind it is gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ContextDecorator
+from operator import attrgetter
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from minidl.backend import array_module, random
+from minidl.tensor import Tensor
+
+if TYPE_CHECKING:
+    from minidl.op import Op
+
+
+class Node:
+    """One step on the tape.
+
+    Attributes:
+        op: what was computed.
+        edges: for each input, where its gradient goes: a Node, a leaf Tensor, or None.
+        saved: what the gradient rule needs of the call; None once the tape is freed.
+        kwargs: the op's settings.
+        shape: the output's shape.
+        number: steps are numbered in the order of their making.
+        hooks: see `Tensor.register_hook`.
+        source: (file, line, code) of the user's call, if `explain` was told to note it.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "edges",
+        "hooks",
+        "kwargs",
+        "number",
+        "op",
+        "saved",
+        "shape",
+        "source",
+    )
+
+    op: Op
+    edges: Sequence[Any]
+    saved: Any
+    kwargs: dict[str, Any]
+    shape: tuple[int, ...]
+    number: int
+    hooks: dict[str, list[Callable[[Any], Any]]] | None
+    source: tuple[str, int, str]
+
+    def __repr__(self) -> str:
+        return f"<{self.op.name}>"
+
+
+tick = itertools.count(1).__next__  # numbers nodes and in-place writes in one order
+
+
+class Mode(threading.local):
+    """Whether ops are recorded; each thread has its own."""
+
+    enabled = True
+
+
+mode = Mode()
+
+
+class set_grad_enabled(ContextDecorator):
+    """Switch recording on or off: as a statement, in a ``with`` block, or as a decorator."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.before: list[bool] = [mode.enabled]
+        mode.enabled = enabled
+
+    def __enter__(self) -> None:
+        mode.enabled = self.enabled
+
+    def __exit__(self, *_: object) -> None:
+        mode.enabled = self.before[0]
+
+
+class _Switch(ContextDecorator):
+    enabled: bool
+
+    def __init__(self) -> None:
+        self.before: list[bool] = []  # a stack: one decorator may be entered many times
+
+    def __enter__(self) -> None:
+        self.before.append(mode.enabled)
+        mode.enabled = self.enabled
+
+    def __exit__(self, *_: object) -> None:
+        mode.enabled = self.before.pop()
+
+
+class no_grad(_Switch):
+    """Do not record: in a ``with`` block or as a decorator ``@minidl.no_grad()``."""
+
+    enabled = False
+
+
+class enable_grad(_Switch):
+    """Record again, inside a `no_grad` block."""
+
+    enabled = True
+
+
+def is_grad_enabled() -> bool:
+    """Whether ops are being recorded."""
+    return mode.enabled
+
+
+# Arrays changed in place ------------------------------------------------------------------
+#
+# A node must not be differentiated with arrays that changed since. So each in-place write notes
+# its number under the memory's owner (views share one), and the walk compares: ops pay nothing.
+
+last_write = 0
+writes: dict[int, int] = {}
+
+
+def owner(array: Any) -> int:
+    """Identifies the memory of an array and of all its views."""
+    while isinstance(array.base, type(array)):
+        array = array.base
+    return id(array)
+
+
+def written(array: Any) -> None:
+    """Note that an array was changed in place."""
+    global last_write
+    last_write = writes[owner(array)] = tick()
+
+
+def check_unchanged(node: Node) -> None:
+    for value in node.saved:
+        if hasattr(value, "base") and writes.get(owner(value), 0) > node.number:
+            raise RuntimeError(
+                f"an array of shape {value.shape} that the gradient of {node.op.name!r} needs was "
+                "changed in place after it was computed. Call backward() before you change it, "
+                "or change a copy (x.clone())"
+            )
+
+
+# The walk ---------------------------------------------------------------------------------
+
+
+def backward(
+    tensor: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> None:
+    """See `Tensor.backward`."""
+    walk([tensor], [gradient], None, create_graph if retain_graph is None else retain_graph, create_graph)
+
+
+def grad(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor],
+    grad_outputs: Tensor | Sequence[Tensor | None] | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the sum of outputs with respect to inputs; no `.grad` is touched.
+
+    Only what lies between inputs and outputs is computed: the gradient of an image under a
+    network costs nothing for the network's weights.
+
+    Args:
+        outputs: one tensor or several.
+        inputs: tensors that require gradients, leaves or not.
+        grad_outputs: the gradients of the outputs; may be left out for outputs of one element.
+        retain_graph: keep the tape for another pass (default: `create_graph`).
+        create_graph: record the pass, so that the result can be differentiated.
+        allow_unused: None for an input that the outputs do not depend on, instead of an error.
+
+    Returns:
+        One gradient per input, with the input's shape.
+
+    Raises:
+        RuntimeError: as `Tensor.backward`, or an input is not used.
+    """
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if grad_outputs is None or isinstance(grad_outputs, Tensor):
+        grad_outputs = [grad_outputs] * len(outputs)
+    for i, x in enumerate(inputs):
+        if not x.requires_grad:
+            raise RuntimeError(f"inputs[{i}] does not require a gradient: x.requires_grad_() first")
+    targets = [x.node or x for x in inputs]
+    retain = create_graph if retain_graph is None else retain_graph
+    found = walk(outputs, list(grad_outputs), targets, retain, create_graph)
+    result = [found[target] for target in targets]
+    for i, g in enumerate(result):
+        if g is None and not allow_unused:
+            raise RuntimeError(
+                f"inputs[{i}] was not used to compute the outputs; allow_unused=True gives None"
+            )
+    return tuple(g if g is None or isinstance(g, Tensor) else Tensor(g) for g in result)
+
+
+def walk(
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Any],
+    targets: Sequence[Any] | None,
+    retain_graph: bool,
+    create_graph: bool,
+) -> dict[Any, Any]:
+    """Walk the tape back from outputs, every node after all that use it (Kahn 1962).
+
+    Without recursion, so that depth is no matter. With targets (edges), only the way to them is
+    walked, and their gradients are returned; without, gradients end in the leaves' `.grad`.
+    """
+    total: dict[Any, Any] = {}  # edge -> the gradient that has arrived so far
+    for output, gradient in zip(outputs, gradients, strict=True):
+        if not output.requires_grad:
+            raise RuntimeError(
+                "nothing to differentiate: this tensor does not require a gradient. Set "
+                "requires_grad on what it is computed from, and compute it outside no_grad()"
+            )
+        edge = output.node or output
+        g = first_gradient(output, gradient, create_graph)
+        total[edge] = total[edge] + g if edge in total else g
+
+    nodes, pending = explore(total)
+    if targets is not None:
+        pending = narrow(nodes, pending, total, targets)
+    found: dict[Any, Any] = dict.fromkeys(targets or ())
+
+    ready = [edge for edge, uses in pending.items() if uses == 0]
+    recording, mode.enabled = mode.enabled, create_graph
+    try:
+        while ready:
+            at = ready.pop()
+            g = total.pop(at, None)
+            if g is not None:
+                if at.hooks:
+                    g = call_hooks(at, g)
+                if at in found:
+                    found[at] = g
+                elif type(at) is not Node and targets is None:
+                    accumulate(at, g)
+            if type(at) is not Node:
+                continue
+
+            edges = at.edges
+            if g is None:
+                arrived: Any = [None] * len(edges)
+            elif create_graph:
+                arrived = at.op.rule(g, *at.op.arguments(at), **at.kwargs)  # type: ignore[misc]
+            else:
+                arrived = at.op.rule(g, *at.saved, **at.kwargs)  # type: ignore[misc]
+
+            for edge, gx in zip(edges, arrived, strict=True):
+                uses = pending.get(edge)
+                if uses is None:  # a constant, or not on the way to a target
+                    continue
+                if type(gx) is FunctionType:
+                    gx = gx()
+                if gx is not None:
+                    if gx.shape != edge.shape:
+                        gx = unbroadcast(gx, edge.shape)
+                    if edge in total:
+                        total[edge] = total[edge] + gx
+                    elif type(edge) is Node:
+                        total[edge] = gx
+                    else:
+                        total[edge] = gx if gx is not g and is_own(gx) else copy(gx)
+                if uses == 1:
+                    ready.append(edge)
+                else:
+                    pending[edge] = uses - 1
+            if not retain_graph:
+                at.saved, at.edges = None, ()
+    finally:
+        mode.enabled = recording
+    return found
+
+
+def first_gradient(output: Tensor, gradient: Any, create_graph: bool) -> Any:
+    """The gradient that a walk starts with: an array, or a Tensor if the walk is recorded."""
+    if gradient is None:
+        if output.numel() != 1:
+            raise RuntimeError(
+                f"backward() of a tensor of shape {output.shape} needs its gradient: "
+                "x.backward(gradient), or reduce it to one number first (x.sum(), x.mean())"
+            )
+        gradient = array_module(output.array).ones_like(output.array)
+    if isinstance(gradient, Tensor) and not create_graph:
+        gradient = gradient.array
+    if gradient.shape != output.shape:
+        raise RuntimeError(f"the tensor has shape {output.shape}, its gradient {gradient.shape}")
+    return Tensor(gradient) if create_graph and not isinstance(gradient, Tensor) else gradient
+
+
+def explore(roots: dict[Any, Any]) -> tuple[list[Node], dict[Any, int]]:
+    """All nodes behind some edges, and how many inputs each node and leaf there is used as.
+
+    Everything that can be refused is refused here, before anything is lost.
+    """
+    pending = dict.fromkeys(roots, 0)
+    nodes = [edge for edge in pending if type(edge) is Node]
+    for node in nodes:  # grows as we go
+        if node.saved is None:
+            raise RuntimeError(
+                f"the tape behind {node.op.name!r} was freed by an earlier backward(): compute the "
+                "tensor again, or pass retain_graph=True to the first backward()"
+            )
+        if node.op.rule is None:
+            raise RuntimeError(f"op {node.op.name!r} has no gradient rule: use x.detach()")
+        if node.number < last_write and type(node.saved) is list:
+            check_unchanged(node)
+        for edge in node.edges:
+            if edge is None:
+                continue
+            if edge in pending:
+                pending[edge] += 1
+            else:
+                pending[edge] = 1
+                if type(edge) is Node:
+                    nodes.append(edge)
+    return nodes, pending
+
+
+def narrow(
+    nodes: list[Node], pending: dict[Any, int], roots: dict[Any, Any], targets: Sequence[Any]
+) -> dict[Any, int]:
+    """Of what `explore` found, only what lies on the way to the targets."""
+    useful = set(targets).intersection(pending)
+    for node in sorted(nodes, key=attrgetter("number")):  # inputs come before their users
+        if not useful.isdisjoint(node.edges):
+            useful.add(node)
+    narrowed = {edge: 0 for edge in pending if edge in useful}
+    for node in nodes:
+        if node in useful:
+            for edge in node.edges:
+                if edge in useful:
+                    narrowed[edge] += 1
+    return narrowed
+
+
+def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
+    """Sum a gradient over the axes along which its input, of a given shape, was broadcast."""
+    added = g.ndim - len(shape)
+    stretched = [i + added for i, n in enumerate(shape) if n == 1 and g.shape[i + added] != 1]
+    axes = (*range(added), *stretched)
+    return g.sum(axis=axes, keepdims=True).reshape(shape)
+
+
+def is_own(array: Any) -> bool:
+    """Whether an array owns its memory: a leaf's `.grad` must not share it with anything."""
+    return isinstance(array, Tensor) or array.base is None
+
+
+def copy(g: Any) -> Any:
+    return g.clone() if isinstance(g, Tensor) else np.array(g) if np.isscalar(g) else g.copy()
+
+
+def call_hooks(edge: Any, g: Any) -> Any:
+    """Run the hooks of a node or leaf over its gradient."""
+    for hook in list(edge.hooks.get("grad", ())):
+        as_tensor = g if isinstance(g, Tensor) else Tensor(g)
+        replaced = hook(as_tensor)
+        if replaced is not None:
+            if replaced.shape != as_tensor.shape:
+                raise RuntimeError(
+                    f"a hook returned a gradient of shape {replaced.shape} for {as_tensor.shape}"
+                )
+            g = replaced if isinstance(g, Tensor) else replaced.array
+    return g
+
+
+def accumulate(leaf: Tensor, g: Any) -> None:
+    """Add a complete gradient to a leaf's `.grad`."""
+    if g.dtype != leaf.dtype:
+        g = g.astype(leaf.dtype)
+    if leaf.grad is None:
+        leaf.grad = g if isinstance(g, Tensor) else Tensor(g)
+    elif isinstance(g, Tensor) or leaf.grad.requires_grad:
+        leaf.grad = leaf.grad + g
+    else:
+        leaf.grad.array += g
+        written(leaf.grad.array)
+    if leaf.hooks:
+        for hook in list(leaf.hooks.get("accumulated", ())):
+            hook(leaf)
+
+
+# Recompute instead of keep ----------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+class Forgotten:
+    """Stands in for what a node saved, and computes it again when the walk unpacks it."""
+
+    def __init__(self, segment: Segment, index: int) -> None:
+        self.segment, self.index = segment, index
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.segment.recompute()[self.index])
+
+    def __len__(self) -> int:
+        return len(self.segment.recompute()[self.index])
+
+
+class Segment:
+    """A part of the tape that keeps its inputs only (Chen et al. 2016, section 3)."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.function, self.args = function, args
+        self.calls = random.default_generator.state_dict()
+        self.saved: list[Any] | None = None
+        start = tick()
+        self.output = function(*args)
+        nodes = self.nodes(self.output, start)
+        self.ops = [node.op.name for node in nodes]
+        self.output_nodes = nodes
+
+    def nodes(self, output: Any, start: int) -> list[Node]:
+        outputs = output if isinstance(output, tuple | list) else [output]
+        roots = {t.node: None for t in outputs if isinstance(t, Tensor) and t.node is not None}
+        return sorted(
+            (n for n in explore(roots)[0] if n.number > start), key=attrgetter("number")
+        )
+
+    def recompute(self) -> list[Any]:
+        """Run the function again, with the same random numbers; what its nodes saved, in order."""
+        if self.saved is None:
+            generator = random.default_generator
+            now = generator.state_dict()
+            generator.load_state_dict(self.calls)
+            start = tick()
+            try:
+                with enable_grad():
+                    nodes = self.nodes(self.function(*self.args), start)
+            finally:
+                generator.load_state_dict(now)
+            if [node.op.name for node in nodes] != self.ops:
+                raise RuntimeError(
+                    "checkpoint: the function did other ops when it ran again: it must depend on "
+                    "its arguments only"
+                )
+            self.saved = [node.saved for node in nodes]
+        return self.saved
+
+
+def checkpoint(function: Callable[..., T], *args: Any) -> T:
+    """``function(*args)``, keeping nothing between its inputs and outputs for the backward pass.
+
+    The backward pass runs the function once more to get back what it needs: less memory for
+    more time (Chen et al. 2016, "Training deep nets with sublinear memory cost"). The gradients
+    are the same to the bit.
+
+    Args:
+        function: depends on nothing but its arguments, parameters and minidl's random numbers.
+        args: Tensors and whatever else the function takes.
+    """
+    if not mode.enabled:
+        return function(*args)
+    segment = Segment(function, args)
+    for index, node in enumerate(segment.output_nodes):
+        node.saved = Forgotten(segment, index)
+    output = segment.output
+    del segment.output, segment.output_nodes
+    return output
+
+
+# Checking gradients -----------------------------------------------------------------------
+
+
+def gradcheck(
+    function: Callable[..., Any],
+    inputs: Tensor | Sequence[Tensor],
+    *,
+    eps: float = 1e-6,
+    atol: float = 1e-5,
+    rtol: float = 1e-4,
+    order: int = 1,
+    directions: int = 3,
+    raise_exception: bool = True,
+) -> bool:
+    """Compare a function's gradients with finite differences along random directions.
+
+    For y = f(x), any u shaped like y and v shaped like x:
+    ``<u, (f(x + eps v) - f(x - eps v)) / (2 eps)> = <grad of <u, f(x)>, v>``. One such number
+    tests all entries of a gradient at once, so it stays quick and strict on large inputs.
+
+    Args:
+        function: of Tensors, returns a Tensor; deterministic.
+        inputs: float64 tensors; those that require gradients are checked.
+        eps: length of the step.
+        atol, rtol: allowed difference, ``atol + rtol * |finite difference|``.
+        order: 2 checks the gradient's own gradient as well.
+        directions: how many random directions to try for each input.
+        raise_exception: False: return False where the check fails.
+
+    Returns:
+        True if every gradient is right.
+
+    Raises:
+        RuntimeError: a gradient is wrong: which input, what was expected, what came.
+        TypeError: an input to be checked is not float64 (finite differences need the digits).
+    """
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    checked = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    if not checked:
+        raise ValueError("gradcheck: no input requires a gradient")
+    for i in checked:
+        if inputs[i].dtype != np.float64:
+            raise TypeError(f"gradcheck needs float64, inputs[{i}] is {inputs[i].dtype}")
+    rng = np.random.default_rng(0)
+    arrays = [x.array if isinstance(x, Tensor) else x for x in inputs]
+
+    def leaves() -> list[Any]:
+        return [
+            Tensor(a, requires_grad=i in checked) if isinstance(inputs[i], Tensor) else a
+            for i, a in enumerate(arrays)
+        ]
+
+    def value(i: int, v: np.ndarray, step: float) -> np.ndarray:
+        moved = leaves()
+        moved[i] = Tensor(arrays[i] + step * v)
+        with no_grad():
+            return function(*moved).array
+
+    for i in checked:
+        for _ in range(directions):
+            xs = leaves()
+            y = function(*xs)
+            u = rng.standard_normal(y.shape)
+            v = rng.standard_normal(arrays[i].shape)
+            if not y.requires_grad:
+                (g,) = (None,)
+            else:
+                (g,) = grad(y, [xs[i]], Tensor(u.astype(y.dtype)), allow_unused=True)
+            ours = 0.0 if g is None else float((g.array * v).sum())
+            expected = float((u * (value(i, v, eps) - value(i, v, -eps))).sum() / (2 * eps))
+            if not abs(ours - expected) <= atol + rtol * abs(expected):
+                if not raise_exception:
+                    return False
+                raise RuntimeError(
+                    f"gradcheck: the gradient of inputs[{i}] along a random direction is {ours:.8g}, "
+                    f"finite differences give {expected:.8g}"
+                )
+    if order > 1:
+        u = rng.standard_normal(function(*leaves()).shape)
+
+        def gradient_of(*xs: Any) -> Tensor:
+            gs = grad(function(*xs), [xs[i] for i in checked], Tensor(u), None, True, True)
+            terms = [(g * Tensor(w)).sum() for g, w in zip(gs, weights, strict=True) if g is not None]
+            total = terms[0]
+            for term in terms[1:]:
+                total = total + term
+            return total
+
+        weights = [rng.standard_normal(arrays[i].shape) for i in checked]
+
+        def gradient_value(*xs: Any) -> Tensor:
+            with enable_grad():
+                return gradient_of(*[
+                    Tensor(x.array, True) if i in checked and x.node is None and not x.requires_grad
+                    else x for i, x in enumerate(xs)
+                ])
+
+        return gradcheck(
+            gradient_value, leaves(), eps=eps * 10, atol=atol * 10, rtol=rtol * 10,
+            directions=directions, raise_exception=raise_exception,
+        )
+    return True

@@ -1,0 +1,1 @@
+"""The ops: formulas with their gradients, one file a family."""
