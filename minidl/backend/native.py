@@ -1,0 +1,47 @@
+"""The C++ kernels, if this installation has them.
+
+`native` is the module `minidl._native`, or None; then `why_missing` says what is missing and how to
+get it. Nobody is told at import: `report_missing()` does so, once, for whoever looks for a kernel.
+The environment variable MINIDL_NO_NATIVE=1 makes minidl run without them, on NumPy.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["native", "report_missing", "why_missing"]
+
+native: ModuleType | None = None
+why_missing: str | None = None
+
+if os.environ.get("MINIDL_NO_NATIVE", "0") not in ("", "0"):
+    why_missing = "the C++ kernels are switched off by MINIDL_NO_NATIVE; unset it to use them"
+else:
+    try:
+        from minidl import _native
+    except ImportError as error:
+        # What setup.py wrote down when it could not build the module.
+        record = Path(__file__).parents[1] / "_native_missing.txt"
+        if record.exists():
+            why_missing = record.read_text(encoding="utf-8").strip()
+        else:
+            why_missing = (
+                f"the C++ kernels are not built ({error}); with a C++ compiler at hand, "
+                "`pip install -e .` in minidl's folder builds them"
+            )
+    else:
+        _native.isa()  # a MINIDL_ISA that this machine cannot run is an error here and now
+        native = _native
+
+_reported = False
+
+
+def report_missing() -> None:
+    """Warn that minidl runs without its C++ kernels, and why; the first time only."""
+    global _reported
+    if why_missing is not None and not _reported:
+        _reported = True
+        warnings.warn(f"minidl runs on NumPy alone: {why_missing}", RuntimeWarning, stacklevel=2)
