@@ -265,7 +265,7 @@ def walk(
             else:
                 arrived = at.op.rule(g, *at.saved, **at.kwargs)  # type: ignore[misc]
 
-            for edge, gx in zip(edges, arrived, strict=True):
+            for edge, gx in zip(edges, arrived):
                 uses = pending.get(edge)
                 if uses is None:  # a constant, or not on the way to a target
                     continue
