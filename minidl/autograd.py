@@ -76,26 +76,27 @@ class Mode(threading.local):
 mode = Mode()
 
 
-class set_grad_enabled(ContextDecorator):
-    """Switch recording on or off: as a statement, in a ``with`` block, or as a decorator."""
+class set_grad_enabled:
+    """Switch recording on or off, from here on or for a ``with`` block."""
 
     def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.before: list[bool] = [mode.enabled]
-        mode.enabled = enabled
+        self.before, mode.enabled = mode.enabled, enabled
 
     def __enter__(self) -> None:
-        mode.enabled = self.enabled
+        pass
 
     def __exit__(self, *_: object) -> None:
-        mode.enabled = self.before[0]
+        mode.enabled = self.before
 
 
 class _Switch(ContextDecorator):
     enabled: bool
 
     def __init__(self) -> None:
-        self.before: list[bool] = []  # a stack: one decorator may be entered many times
+        self.before: list[bool] = []
+
+    def _recreate_cm(self) -> _Switch:
+        return type(self)()  # a decorated function may run in several threads at once
 
     def __enter__(self) -> None:
         self.before.append(mode.enabled)
@@ -487,9 +488,9 @@ def gradcheck(
     function: Callable[..., Any],
     inputs: Tensor | Sequence[Tensor],
     *,
-    eps: float = 1e-6,
-    atol: float = 1e-5,
-    rtol: float = 1e-4,
+    eps: float = 1e-5,
+    atol: float = 1e-8,
+    rtol: float = 1e-5,
     order: int = 1,
     directions: int = 3,
     raise_exception: bool = True,
@@ -497,15 +498,15 @@ def gradcheck(
     """Compare a function's gradients with finite differences along random directions.
 
     For y = f(x), any u shaped like y and v shaped like x:
-    ``<u, (f(x + eps v) - f(x - eps v)) / (2 eps)> = <grad of <u, f(x)>, v>``. One such number
+    ``<grad of <u, f(x)>, v> = <u, (f(x + eps v) - f(x - eps v)) / (2 eps)>``. One such number
     tests all entries of a gradient at once, so it stays quick and strict on large inputs.
 
     Args:
         function: of Tensors, returns a Tensor; deterministic.
         inputs: float64 tensors; those that require gradients are checked.
-        eps: length of the step.
-        atol, rtol: allowed difference, ``atol + rtol * |finite difference|``.
-        order: 2 checks the gradient's own gradient as well.
+        eps: length of the step; x must be a few of them away from any kink.
+        atol, rtol: allowed difference, ``atol + rtol * <|u|, |f(x + eps v) - f(x - eps v)|> / 2eps``.
+        order: 2 checks the gradient's own gradients as well, 3 theirs, ...
         directions: how many random directions to try for each input.
         raise_exception: False: return False where the check fails.
 
@@ -515,6 +516,7 @@ def gradcheck(
     Raises:
         RuntimeError: a gradient is wrong: which input, what was expected, what came.
         TypeError: an input to be checked is not float64 (finite differences need the digits).
+        ValueError: no input requires a gradient.
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     checked = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
@@ -524,61 +526,54 @@ def gradcheck(
         if inputs[i].dtype != np.float64:
             raise TypeError(f"gradcheck needs float64, inputs[{i}] is {inputs[i].dtype}")
     rng = np.random.default_rng(0)
-    arrays = [x.array if isinstance(x, Tensor) else x for x in inputs]
 
-    def leaves() -> list[Any]:
-        return [
-            Tensor(a, requires_grad=i in checked) if isinstance(inputs[i], Tensor) else a
-            for i, a in enumerate(arrays)
-        ]
+    def normal(shape: tuple[int, ...]) -> np.ndarray:
+        return np.asarray(rng.standard_normal(shape))
 
-    def value(i: int, v: np.ndarray, step: float) -> np.ndarray:
-        moved = leaves()
-        moved[i] = Tensor(arrays[i] + step * v)
-        with no_grad():
-            return function(*moved).array
+    def leaves(i: int = 0, step: Any = 0.0) -> list[Any]:
+        """The inputs as fresh leaves, the i-th moved by a step."""
+        xs = [Tensor(x.array, x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
+        xs[i].array = xs[i].array + step
+        return xs
 
-    for i in checked:
-        for _ in range(directions):
-            xs = leaves()
-            y = function(*xs)
-            u = rng.standard_normal(y.shape)
-            v = rng.standard_normal(arrays[i].shape)
-            if not y.requires_grad:
-                (g,) = (None,)
-            else:
-                (g,) = grad(y, [xs[i]], Tensor(u.astype(y.dtype)), allow_unused=True)
-            ours = 0.0 if g is None else float((g.array * v).sum())
-            expected = float((u * (value(i, v, eps) - value(i, v, -eps))).sum() / (2 * eps))
-            if not abs(ours - expected) <= atol + rtol * abs(expected):
-                if not raise_exception:
-                    return False
-                raise RuntimeError(
-                    f"gradcheck: the gradient of inputs[{i}] along a random direction is {ours:.8g}, "
-                    f"finite differences give {expected:.8g}"
-                )
-    if order > 1:
-        u = rng.standard_normal(function(*leaves()).shape)
+    for i in checked * directions:
+        xs = leaves()
+        y = function(*xs)
+        u, v = normal(y.shape), normal(xs[i].shape)
+        change = function(*leaves(i, eps * v)).array - function(*leaves(i, -eps * v)).array
+        terms = u * change / (2 * eps)
+        (g,) = grad(y, xs[i], Tensor(u), allow_unused=True) if y.requires_grad else (None,)
+        ours = 0.0 if g is None else float((g.array * v).sum())
+        if not abs(ours - terms.sum()) <= atol + rtol * np.abs(terms).sum():  # NaN fails too
+            if not raise_exception:
+                return False
+            raise RuntimeError(
+                f"gradcheck: the gradient of inputs[{i}] along a random direction is {ours:.8g}, "
+                f"finite differences give {terms.sum():.8g}"
+            )
+    if order == 1:
+        return True
 
-        def gradient_of(*xs: Any) -> Tensor:
-            gs = grad(function(*xs), [xs[i] for i in checked], Tensor(u), None, True, True)
-            terms = [(g * Tensor(w)).sum() for g, w in zip(gs, weights, strict=True) if g is not None]
-            total = terms[0]
-            for term in terms[1:]:
-                total = total + term
-            return total
+    # The gradient is a function like any other, of u and the inputs, and is checked like one:
+    # its projection on random weights is a Tensor of one element.
+    u = normal(y.shape)
+    weights = [Tensor(normal(inputs[i].shape)) for i in checked]
 
-        weights = [rng.standard_normal(arrays[i].shape) for i in checked]
+    def gradient(u: Tensor, *xs: Any) -> Tensor:
+        y = function(*xs)
+        gs: Sequence[Any] = [None] * len(checked)
+        if y.requires_grad:
+            gs = grad(y, [xs[i] for i in checked], u, create_graph=True, allow_unused=True)
+        parts = [(w * g).sum() for w, g in zip(weights, gs, strict=True) if g is not None]
+        return sum(parts, start=Tensor(np.zeros(())))
 
-        def gradient_value(*xs: Any) -> Tensor:
-            with enable_grad():
-                return gradient_of(*[
-                    Tensor(x.array, True) if i in checked and x.node is None and not x.requires_grad
-                    else x for i, x in enumerate(xs)
-                ])
-
-        return gradcheck(
-            gradient_value, leaves(), eps=eps * 10, atol=atol * 10, rtol=rtol * 10,
-            directions=directions, raise_exception=raise_exception,
-        )
-    return True
+    return gradcheck(
+        gradient,
+        [Tensor(u, requires_grad=True), *inputs],
+        eps=eps,
+        atol=atol,
+        rtol=rtol,
+        order=order - 1,
+        directions=directions,
+        raise_exception=raise_exception,
+    )
