@@ -165,7 +165,8 @@ def backward(
     create_graph: bool = False,
 ) -> None:
     """See `Tensor.backward`."""
-    walk([tensor], [gradient], None, create_graph if retain_graph is None else retain_graph, create_graph)
+    retain = create_graph if retain_graph is None else retain_graph
+    walk([tensor], [gradient], None, retain, create_graph)
 
 
 def grad(
@@ -505,7 +506,7 @@ def gradcheck(
         function: of Tensors, returns a Tensor; deterministic.
         inputs: float64 tensors; those that require gradients are checked.
         eps: length of the step; x must be a few of them away from any kink.
-        atol, rtol: allowed difference, ``atol + rtol * <|u|, |f(x + eps v) - f(x - eps v)|> / 2eps``.
+        atol, rtol: may differ by ``atol + rtol * sum |u (f(x + eps v) - f(x - eps v))| / 2eps``.
         order: 2 checks the gradient's own gradients as well, 3 theirs, ...
         directions: how many random directions to try for each input.
         raise_exception: False: return False where the check fails.
@@ -530,10 +531,11 @@ def gradcheck(
     def normal(shape: tuple[int, ...]) -> np.ndarray:
         return np.asarray(rng.standard_normal(shape))
 
-    def leaves(i: int = 0, step: Any = 0.0) -> list[Any]:
-        """The inputs as fresh leaves, the i-th moved by a step."""
+    def leaves(moved: int | None = None, step: Any = 0.0) -> list[Any]:
+        """The inputs as fresh leaves, one of them moved by a step."""
         xs = [Tensor(x.array, x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
-        xs[i].array = xs[i].array + step
+        if moved is not None:
+            xs[moved].array = xs[moved].array + step
         return xs
 
     for i in checked * directions:
