@@ -1,0 +1,280 @@
+"""Tests of the tests: whatever tests/test_ops.py looks for is done wrong here, and must be caught.
+
+Every mutation is derived too: for every sample of every op, each gradient is scaled by 1.001 or
+replaced by zero, each argument of each gradient rule is taken as a constant in the second
+derivative, and each kernel is scaled by 1.001.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minidl import autograd
+from minidl.op import op, registry, sample
+from minidl.tensor import Tensor
+from tests import oracles, test_ops
+from tests import registry as reg
+from tests.registry import Case, every_differentiable_case
+
+
+@contextmanager
+def fails(what: str) -> Iterator[None]:
+    """The block must fail as a test fails."""
+    try:
+        yield
+    except (AssertionError, RuntimeError):
+        return
+    raise AssertionError(f"not noticed: {what}")
+
+
+def second_order(case: Case) -> list[Any]:
+    """Gradients of a random projection of the gradients, with respect to g and to the inputs."""
+    xs = reg.leaves(case)
+    y = case.function(*xs, **case.kwargs)
+    g = Tensor(reg.cotangent(y), requires_grad=True)
+    inputs = [xs[i] for i in case.floats]
+    first = autograd.grad(y, inputs, g, create_graph=True, allow_unused=True)
+    first = [gx for gx in first if gx is not None and gx.requires_grad]
+    weights = [Tensor(reg.cotangent(gx)) for gx in first]
+    found = autograd.grad(first, [g, *inputs], weights, allow_unused=True)
+    return [np.zeros(x.shape) if a is None else a.array for a, x in zip(found, [g, *inputs])]
+
+
+@every_differentiable_case
+def test_a_wrong_gradient_is_caught(case: Case) -> None:
+    for i, g in zip(case.floats, reg.outcome(case)[1:], strict=True):
+        if g is None or not np.any(g):
+            continue
+        for factor in (1.001, 0.0):
+            wrong = reg.scaled(case.op.rule, i, factor)
+            said = f"{case.op.name}: the gradient of input {i} times {factor}"
+            with reg.replaced(case.op, rule=wrong), fails(said):
+                test_ops.test_gradient(case, 1)
+
+
+@every_differentiable_case
+def test_a_wrong_second_derivative_is_caught(case: Case) -> None:
+    """A rule that treats what it was given (a statistic, say) as a constant is right only once."""
+    right = second_order(case)
+    largest = max(np.abs(a).max(initial=0) for a in right)
+    y = case.function(*reg.leaves(case), **case.kwargs)
+    for i in range(1 + len(y.node.saved)):
+        with reg.replaced(case.op, rule=reg.forgetful(case.op.rule, i)):
+            test_ops.test_gradient(case, 1)
+            wrong = second_order(case)
+            if max(np.abs(a - b).max(initial=0) for a, b in zip(right, wrong)) > 1e-3 * largest:
+                with fails(f"{case.op.name}: argument {i} of the rule as a constant"):
+                    test_ops.test_gradient(case, 2)
+
+
+@pytest.mark.parametrize("name", [name for name, f in reg.OPS.items() if f.op.kernels])
+def test_a_wrong_kernel_is_caught(name: str) -> None:
+    this = reg.OPS[name].op
+    for kernel in this.kernels:
+        if kernel.missing or kernel.device != "cpu":
+            continue
+        wrong = replace(kernel, function=lambda *x, k=kernel, **s: k.function(*x, **s) * 1.001)
+        for dtype in set(kernel.dtypes or ("float32", "float64")) - {"float16"}:
+            caught = 0
+            with reg.replaced(this, kernels=[replace(wrong, dtypes=(dtype,))]):
+                for case in reg.CASES.values():
+                    if case.op is this:
+                        try:
+                            test_ops.test_kernels(case)
+                        except AssertionError:
+                            caught += 1
+            assert caught, f"{name}: kernel {kernel.name!r} times 1.001"
+
+
+def test_every_gradient_is_tried() -> None:
+    """For each op, some sample has a gradient that is not zero."""
+    tried = {
+        case.op.name
+        for case in reg.DIFFERENTIABLE.values()
+        if any(g is not None and np.any(g) for g in reg.outcome(case)[1:])
+    }
+    assert {name for name, f in reg.OPS.items() if f.op.rule} - tried == set()
+
+
+# Ops made wrong on purpose ------------------------------------------------------------------
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops defined in the test are forgotten after it."""
+    before = dict(registry)
+    yield
+    for name in set(registry) - set(before):
+        del registry[name]
+
+
+def case_of(function: Any) -> Case:
+    return Case(function, *reg.samples(function)[0])
+
+
+@pytest.mark.usefixtures("scratch")
+class TestBadOps:
+    def test_without_samples(self) -> None:
+        @op
+        def nothing(x):
+            return x
+
+        assert len(reg.missing(nothing)) == 4
+        with fails("an op without samples, oracles and rule"):
+            test_ops.test_is_complete(nothing)
+
+    def test_gradient_never_tried(self) -> None:
+        @op
+        def round_trip(x):
+            return x
+
+        @round_trip.gradient
+        def _(g):
+            return (g,)
+
+        @round_trip.samples
+        def _(rng):
+            yield sample(np.arange(3))
+
+        assert any("float64" in lack for lack in reg.missing(round_trip))
+
+    def test_statistic_as_a_constant(self) -> None:
+        """DeZero's batch norm: the first order is right, the second silently wrong."""
+
+        @op
+        def standardize(x):
+            return (x - x.mean()) / x.std()
+
+        @standardize.gradient
+        def _(g, x):
+            values = x.array if isinstance(x, Tensor) else x
+            mean, std = float(values.mean()), float(values.std())
+            h = (x - mean) * (1 / std)
+            return ((g - g.mean() - h * (g * h).mean()) * (1 / std),)
+
+        @standardize.samples
+        def _(rng):
+            yield sample(rng.normal(size=(4, 5)))
+
+        test_ops.test_gradient(case_of(standardize), 1)
+        with fails("a statistic taken as a constant"):
+            test_ops.test_gradient(case_of(standardize), 2)
+
+    def test_wrong_formula(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        @op
+        def twice(x):
+            return 2.0000001 * x
+
+        @twice.samples
+        def _(rng):
+            yield sample(rng.normal(size=3))
+
+        monkeypatch.setitem(oracles.LOOPS, "twice", lambda x: np.array([2 * v for v in x]))
+        with fails("a wrong formula"):
+            test_ops.test_formula(case_of(twice))
+
+    def test_writes_to_its_input(self) -> None:
+        @op
+        def sneaky(x):
+            x *= 2
+            return x.copy()
+
+        @sneaky.samples
+        def _(rng):
+            yield sample(rng.normal(size=3))
+
+        with pytest.raises((AssertionError, ValueError)):
+            test_ops.test_read_only(case_of(sneaky))
+
+    def test_reads_memory_in_the_wrong_order(self) -> None:
+        @op
+        def flat(x):
+            return x.ravel(order="K").copy()
+
+        @flat.samples
+        def _(rng):
+            yield sample(rng.normal(size=(2, 3)))
+
+        with fails("an op that depends on the memory layout"):
+            test_ops.test_layout(case_of(flat), reg.transposed)
+
+    def test_empty_shape(self) -> None:
+        @op
+        def at_least_one(x):
+            return np.zeros((max(len(x), 1), 2))
+
+        @at_least_one.samples
+        def _(rng):
+            yield sample(rng.normal(size=(4, 2)))
+
+        with fails("a wrong shape for an empty batch"):
+            test_ops.test_empty(case_of(at_least_one))
+
+    def test_becomes_float64(self) -> None:
+        @op
+        def promote(x, y):
+            return x * np.float64(2.0) + y
+
+        @promote.samples
+        def _(rng):
+            yield sample(rng.normal(size=3), rng.normal(size=3))
+
+        with fails("float32 in, float64 out"):
+            test_ops.test_dtype(case_of(promote), "float32")
+
+    def test_saved_array_as_gradient(self) -> None:
+        @op
+        def square_half(x):
+            return x * x * 0.5
+
+        @square_half.gradient
+        def _(g, x):
+            return (x,)
+
+        @square_half.samples
+        def _(rng):
+            yield sample(rng.normal(size=3))
+
+        with fails("a rule that returns its input"):
+            test_ops.test_rule_returns_no_saved_array(case_of(square_half))
+
+    def test_tape_keeps_too_much(self) -> None:
+        hoard = []
+
+        @op
+        def hoarder(x):
+            hoard.append(x)
+            return x * 2.0
+
+        @hoarder.gradient
+        def _(g):
+            return (g * 2.0,)
+
+        @hoarder.samples
+        def _(rng):
+            yield sample(rng.normal(size=3))
+
+        with fails("an input that stays alive"):
+            test_ops.test_tape_keeps_what_the_rule_names(case_of(hoarder))
+
+
+def test_gradcheck_says_what_is_wrong() -> None:
+    x = Tensor(np.ones(3), requires_grad=True)
+    assert autograd.gradcheck(lambda x: reg.OPS["mul"](x, x), x, order=3)
+    with pytest.raises(TypeError, match="float64"):
+        autograd.gradcheck(lambda x: x, Tensor(np.ones(3, np.float32), requires_grad=True))
+    with pytest.raises(ValueError, match="requires a gradient"):
+        autograd.gradcheck(lambda x: x, Tensor(np.ones(3)))
+
+    def detached(x: Tensor) -> Tensor:
+        return reg.OPS["mul"](x, x.detach())
+
+    assert not autograd.gradcheck(detached, x, raise_exception=False)
+    with pytest.raises(RuntimeError, match=r"inputs\[0\]"):
+        autograd.gradcheck(detached, x)

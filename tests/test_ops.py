@@ -1,0 +1,280 @@
+"""Every op against its formula, its oracle and finite differences: all derived from the registry.
+
+An op needs only its samples and two oracles (tests/oracles) to be tested here, in:
+completeness, formula, gradients of first and second order, arrays as Tensors, read-only inputs,
+memory layouts, empty inputs, dtypes, kernels, and what the tape keeps and computes.
+tests/test_harness.py shows that these tests can fail.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minidl import autograd
+from minidl.op import OUT, use
+from minidl.tensor import Tensor
+from tests import oracles
+from tests import registry as reg
+from tests.registry import Case, every_case, every_differentiable_case, every_op
+
+# Bounds, in units of max |expected|. The samples are small, so rounding stays at a few hundred ulp
+# at most; a factor of 1.001 is far outside (see test_harness).
+EXACT = 1e-12  # float64, the same numbers added in another order
+SINGLE = {"float64": EXACT, "float32": 64 * 2.0**-23, "float16": 4 * 2.0**-10}
+
+
+@every_op
+def test_is_complete(function: Any) -> None:
+    assert reg.missing(function) == []
+
+
+def test_oracles_name_ops() -> None:
+    assert set(oracles.LOOPS) | set(oracles.PYTORCH) <= set(reg.OPS)
+
+
+@every_case
+def test_formula(case: Case) -> None:
+    expected = oracles.LOOPS[case.op.name](*case.inputs, **case.settings)
+    actual = case.op.formula(*case.inputs, **case.kwargs)
+    reg.assert_close(actual, expected, EXACT)
+
+
+@every_differentiable_case
+@pytest.mark.parametrize("order", [1, 2])
+def test_gradient(case: Case, order: int) -> None:
+    autograd.gradcheck(lambda *xs: case.function(*xs, **case.kwargs), reg.leaves(case), order=order)
+
+
+@every_case
+def test_arrays_are_tensors(case: Case) -> None:
+    """Bare arrays, Tensors, and both together: the same bits; so also the gradient rule."""
+    plain = case.function(*case.inputs, **case.kwargs)
+    assert not isinstance(plain, Tensor)
+    expected = reg.outcome(case)
+    reg.assert_same_bits([plain], expected[:1])
+    for i in case.floats:
+        xs = list(case.inputs)
+        xs[i] = Tensor(xs[i])
+        y = case.function(*xs, **case.kwargs)
+        assert isinstance(y, Tensor)
+        reg.assert_same_bits([y.array], expected[:1])
+    reg.assert_same_bits(reg.outcome(case, create_graph=True), expected)
+
+
+@every_case
+def test_read_only(case: Case) -> None:
+    """Inputs and g are not written to."""
+    expected = reg.outcome(case)
+    frozen = case.map(reg.read_only)
+    reg.assert_same_bits(reg.outcome(frozen, change_g=reg.read_only), expected)
+
+    kept = case.map(np.copy)
+    reg.outcome(kept)
+    for x, before in zip(kept.inputs, case.inputs, strict=True):
+        if isinstance(x, np.ndarray):
+            np.testing.assert_array_equal(x, before)
+
+
+@every_case
+@pytest.mark.parametrize("layout", reg.LAYOUTS, ids=lambda f: f.__name__)
+def test_layout(case: Case, layout: Any) -> None:
+    """How an array lies in memory is no matter."""
+    expected = reg.outcome(case)
+    reg.assert_all_close(reg.outcome(case.map(layout), change_g=layout), expected, EXACT)
+
+
+@every_differentiable_case
+def test_broadcast_g(case: Case) -> None:
+    """A gradient of stride 0, as the gradient of a sum is."""
+
+    def stride_0(g: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(np.asarray(0.5, g.dtype), g.shape)
+
+    actual = reg.outcome(case, change_g=stride_0)
+    expected = reg.outcome(case, change_g=lambda g: stride_0(g).copy())
+    reg.assert_all_close(actual, expected, EXACT)
+
+
+@every_case
+def test_empty(case: Case) -> None:
+    """An input dimension of 0: the right shapes or a clear error."""
+    for axis in range(max((case.inputs[i].ndim for i in case.floats[:1]), default=0)):
+        length = case.inputs[case.floats[0]].shape[axis]
+        sharing = [
+            i
+            for i, x in enumerate(case.inputs)
+            if isinstance(x, np.ndarray) and x.ndim > axis and x.shape[axis] == length
+        ]
+        for along in (sharing, case.floats[:1]):
+
+            def of_length(n: int, axis: int = axis, along: list[int] = along) -> Case:
+                inputs = [
+                    reg.with_length(x, axis, n) if i in along else x
+                    for i, x in enumerate(case.inputs)
+                ]
+                return case._replace(inputs=tuple(inputs))
+
+            try:
+                two, three = (reg.outcome(of_length(n)) for n in (2, 3))
+            except Exception:
+                continue  # this dimension cannot be another: a weight's, a setting's
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing
+                    none = reg.outcome(of_length(0))
+            except (ValueError, IndexError, RuntimeError) as error:
+                assert str(error)
+                continue
+            for a, b, c in zip(none, two, three, strict=True):
+                if a is not None:
+                    line = tuple(3 * n - 2 * m for n, m in zip(b.shape, c.shape, strict=True))
+                    assert a.shape == line, f"shape {a.shape} instead of {line}"
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dtype(case: Case, dtype: str) -> None:
+    """float32 in, float32 out, and float32 gradients; float16 likewise."""
+    if not case.floats:
+        pytest.skip("no floating input")
+    expected = reg.outcome(case)
+    actual = reg.outcome(case.cast(dtype))
+    for a, b in zip(actual, expected, strict=True):
+        if a is not None and b.dtype == np.float64 and "dtype" not in case.kwargs:
+            assert a.dtype == dtype
+    if dtype == "float32":
+        reg.assert_all_close(actual, expected, 1e-4)
+    for i in case.floats:
+        for scalar in (float, np.float64):
+            check_scalar(case.cast(dtype), i, scalar)
+
+
+def check_scalar(case: Case, i: int, scalar: Any) -> None:
+    """A scalar for an input, where the op takes one, does not change the dtype either."""
+    inputs = list(case.inputs)
+    inputs[i] = np.asarray(inputs[i]).flat[0] if inputs[i].size else 1.0
+    try:
+        expected = np.asarray(case.op.formula(*inputs, **case.kwargs))
+    except Exception:
+        return
+    inputs[i] = scalar(inputs[i])
+    actual = reg.outcome(case._replace(inputs=tuple(inputs)))
+    if len(actual) > 1:
+        assert {a.dtype for a in actual if a is not None} == {expected.dtype}
+
+
+@every_case
+def test_kernels(case: Case) -> None:
+    """Every kernel that runs here gives what the formula gives in float64, in any memory layout."""
+    for kernel, dtype in reg.kernels(case.op):
+        kwargs = case.settings
+        call = case.cast(dtype)
+        expected = case.op.formula(*call.cast("float64").inputs, **kwargs)
+        for layout in (np.copy, reg.read_only, *reg.LAYOUTS):
+            actual = np.asarray(kernel.function(*call.map(layout).inputs, **kwargs))
+            if actual.dtype.kind == "f":
+                assert actual.dtype == dtype
+            reg.assert_close(actual, expected, SINGLE[dtype])
+
+
+@every_op
+def test_use(function: Any) -> None:
+    """`minidl.use` swaps the implementation, and says why where it cannot."""
+    op = function.op
+    for kernel in op.kernels:
+        if kernel.missing:
+            with pytest.raises(ValueError, match="cannot run here"):
+                use(op.name, kernel.name)
+            continue
+        dtype = (kernel.dtypes or ("float32",))[0]
+        before = op.select(kernel.device, dtype)
+        with use(op.name, kernel.name):
+            assert op.select(kernel.device, dtype)[1] is kernel.function
+        with use(op.name, "formula"):
+            assert op.select(kernel.device, dtype)[1] is op.formula
+        assert op.select(kernel.device, dtype) == before
+
+
+@every_differentiable_case
+def test_tape_keeps_what_the_rule_names(case: Case) -> None:
+    inputs = [  # not leaves, which the tape holds: they get its gradients
+        autograd_copy(x) if isinstance(x, np.ndarray) else x for x in case.inputs
+    ]
+    y = case.function(*inputs, **case.kwargs)
+    named = case.op.sources
+    kept = range(len(inputs)) if named is None else [i for i in named if i is not None]
+    arrays = {i: x.array for i, x in enumerate(inputs) if isinstance(x, Tensor)} | {OUT: y.array}
+    held = [arrays[i] for i in kept if i in arrays]
+    free = [  # an array may live on because a kept one is a view of it
+        weakref.ref(a)
+        for i, a in arrays.items()
+        if i not in kept and not any(np.shares_memory(a, h) for h in held)
+    ]
+    node = y.node
+    del y, inputs, arrays, held
+    gc.collect()
+    assert node.saved is not None
+    assert [a() for a in free] == [None] * len(free)
+
+
+def autograd_copy(x: np.ndarray) -> Tensor:
+    """An array as the result of an op on the tape, if it can be one."""
+    if x.dtype.kind != "f":
+        return Tensor(x.copy())
+    return reg.OPS["add"](Tensor(x, requires_grad=True), 0.0)
+
+
+@every_differentiable_case
+def test_gradients_share_no_memory(case: Case) -> None:
+    """Writing to one gradient (clipping, say) changes nothing else."""
+    xs = reg.leaves(case)
+    y = case.function(*xs, **case.kwargs)
+    g = reg.cotangent(y)
+    y.backward(Tensor(g))
+    gradients = [x.grad.array for x in xs if isinstance(x, Tensor) and x.grad is not None]
+    others = [g, y.array, *(x.array for x in xs if isinstance(x, Tensor))]
+    for i, a in enumerate(gradients):
+        assert a.flags.writeable
+        assert not any(np.shares_memory(a, b) for b in gradients[:i] + others)
+
+
+@every_differentiable_case
+def test_rule_returns_no_saved_array(case: Case) -> None:
+    """Neither an input, nor the output, nor one array twice; only g may come back as it is."""
+    xs = reg.leaves(case)
+    y = case.function(*xs, **case.kwargs)
+    g = reg.cotangent(y)
+    entries = case.op.rule(g, *y.node.saved, **y.node.kwargs)  # type: ignore[misc]
+    entries = [entry() if callable(entry) else entry for entry in entries]
+    assert len(entries) == len(case.inputs)
+    fresh = [e for e in entries if e is not None and not np.shares_memory(e, g)]
+    saved = [y.array, *(x.array for x in xs if isinstance(x, Tensor))]
+    for i, entry in enumerate(fresh):
+        assert not any(np.shares_memory(entry, b) for b in fresh[:i] + saved)
+
+
+@every_differentiable_case
+def test_unwanted_gradients_are_not_computed(case: Case) -> None:
+    """The thunk of an input that requires no gradient is not called."""
+    rule, called = case.op.rule, set()
+
+    def watched(*args: Any, **kwargs: Any) -> list[Any]:
+        def watch(i: int, entry: Any) -> Any:
+            return (lambda: called.add(i) or entry()) if callable(entry) else entry
+
+        return [watch(i, entry) for i, entry in enumerate(rule(*args, **kwargs))]  # type: ignore
+
+    for i in case.floats:
+        called.clear()
+        xs = reg.leaves(case, wanted=[i])
+        with reg.replaced(case.op, rule=rule and watched):
+            y = case.function(*xs, **case.kwargs)
+            if y.requires_grad:
+                y.backward(Tensor(reg.cotangent(y)))
+        assert called <= {i}
