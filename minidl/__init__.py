@@ -1,7 +1,162 @@
-from minidl.tensor import Tensor
-import minidl.ops.elementwise as e
-Tensor.__add__=e.add
-Tensor.__mul__=e.mul
-Tensor.__matmul__=e.matmul
-Tensor.tanh=e.tanh
-Tensor.T=property(lambda s:s)
+"""minidl: a small deep learning engine to read, to learn from, and to train with.
+
+    import minidl
+    from minidl import nn, optim
+    import minidl.nn.functional as F
+
+Names, signatures and defaults are PyTorch's.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from minidl import autograd, ops
+from minidl.autograd import (
+    checkpoint,
+    enable_grad,
+    grad,
+    gradcheck,
+    is_grad_enabled,
+    no_grad,
+    set_grad_enabled,
+)
+from minidl.backend.random import manual_seed
+from minidl.creation import (
+    arange,
+    as_tensor,
+    empty,
+    empty_like,
+    eye,
+    full,
+    full_like,
+    get_rng_state,
+    initial_seed,
+    is_tensor,
+    linspace,
+    ones,
+    ones_like,
+    rand,
+    rand_like,
+    randint,
+    randn,
+    randn_like,
+    randperm,
+    set_rng_state,
+    zeros,
+    zeros_like,
+)
+from minidl.op import kernels, use
+from minidl.ops.linalg import einsum
+from minidl.ops.methods import cat, stack
+from minidl.ops.elementwise import where
+from minidl.tensor import (
+    Tensor,
+    bool_,
+    float16,
+    float32,
+    float64,
+    from_numpy,
+    int8,
+    int16,
+    int32,
+    int64,
+    tensor,
+    uint8,
+)
+
+# The methods as functions: minidl.exp(x) is x.exp(), minidl.flatten(x, 1) is x.flatten(1).
+abs = Tensor.abs
+add = Tensor.add
+all = Tensor.all
+allclose = Tensor.allclose
+amax = Tensor.amax
+amin = Tensor.amin
+any = Tensor.any
+argmax = Tensor.argmax
+argmin = Tensor.argmin
+argsort = Tensor.argsort
+bmm = Tensor.bmm
+ceil = Tensor.ceil
+chunk = Tensor.chunk
+clamp = Tensor.clamp
+clip = Tensor.clip
+clone = Tensor.clone
+cos = Tensor.cos
+cumsum = Tensor.cumsum
+div = Tensor.div
+dot = Tensor.dot
+eq = Tensor.eq
+equal = Tensor.equal
+erf = Tensor.erf
+exp = Tensor.exp
+flatten = Tensor.flatten
+flip = Tensor.flip
+floor = Tensor.floor
+gather = Tensor.gather
+ge = Tensor.ge
+gt = Tensor.gt
+index_select = Tensor.index_select
+isfinite = Tensor.isfinite
+isinf = Tensor.isinf
+isnan = Tensor.isnan
+le = Tensor.le
+log = Tensor.log
+log1p = Tensor.log1p
+log_softmax = Tensor.log_softmax
+logical_and = Tensor.logical_and
+logical_not = Tensor.logical_not
+logical_or = Tensor.logical_or
+logical_xor = Tensor.logical_xor
+logsumexp = Tensor.logsumexp
+lt = Tensor.lt
+masked_fill = Tensor.masked_fill
+masked_select = Tensor.masked_select
+matmul = Tensor.matmul
+max = Tensor.max
+maximum = Tensor.maximum
+mean = Tensor.mean
+min = Tensor.min
+minimum = Tensor.minimum
+mm = Tensor.mm
+mul = Tensor.mul
+mv = Tensor.mv
+narrow = Tensor.narrow
+ne = Tensor.ne
+neg = Tensor.neg
+nonzero = Tensor.nonzero
+norm = Tensor.norm
+outer = Tensor.outer
+permute = Tensor.permute
+pow = Tensor.pow
+prod = Tensor.prod
+reciprocal = Tensor.reciprocal
+relu = Tensor.relu
+reshape = Tensor.reshape
+roll = Tensor.roll
+round = Tensor.round
+rsqrt = Tensor.rsqrt
+sigmoid = Tensor.sigmoid
+sign = Tensor.sign
+sin = Tensor.sin
+softmax = Tensor.softmax
+sort = Tensor.sort
+split = Tensor.split
+sqrt = Tensor.sqrt
+square = Tensor.square
+squeeze = Tensor.squeeze
+std = Tensor.std
+sub = Tensor.sub
+sum = Tensor.sum
+swapaxes = Tensor.swapaxes
+t = Tensor.t
+take_along_dim = Tensor.take_along_dim
+tanh = Tensor.tanh
+topk = Tensor.topk
+transpose = Tensor.transpose
+tril = Tensor.tril
+triu = Tensor.triu
+unbind = Tensor.unbind
+unsqueeze = Tensor.unsqueeze
+var = Tensor.var
+
+half, float, double = float16, float32, float64
+short, int, long, bool = int16, int32, int64, bool_

@@ -14,7 +14,7 @@ thing on the arrays inside and, where a gradient is wanted, leaves a `Node` on t
 The rule is written once and runs in two ways: on bare arrays during an ordinary backward pass,
 and on Tensors under ``create_graph=True``, where it is recorded and can itself be differentiated.
 It sees only what its signature names: ``g`` (the gradient of the output), ``out``, the formula's
-inputs (or only their shapes: ``x_shape``) and all of its keyword arguments. What it does not
+inputs (or only their ``x_shape``, ``x_dtype``, ``x_device``) and all of its keyword arguments. What it does not
 name, the tape does not keep: ``add`` needs only ``g``, so no array stays alive for its sake.
 
 A rule returns one entry per input: an array, ``None`` (no gradient), or a thunk that is called
@@ -82,6 +82,13 @@ class Kernel:
 
 
 OUT = -1  # "the output", where an input would have its position
+
+# What a rule can ask of an input without keeping it alive: x_shape, x_dtype, x_device.
+FACTS: dict[str, Callable[[Any], Any]] = {
+    "shape": np.shape,
+    "dtype": lambda x: x.dtype,
+    "device": backend.device_name,
+}
 
 
 @dataclass(eq=False)
@@ -281,13 +288,14 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
             elif wanted == "xs_shape":
                 this.sources.append(None)
                 picks.append(lambda out, arrays: [a.shape for a in arrays])
-            elif wanted.endswith("_shape") and wanted[:-6] in inputs_:
+            elif (part := wanted.rpartition("_"))[2] in FACTS and part[0] in inputs_:
                 this.sources.append(None)
-                picks.append(lambda out, arrays, i=inputs_.index(wanted[:-6]): np.shape(arrays[i]))
+                fact, i = FACTS[part[2]], inputs_.index(part[0])
+                picks.append(lambda out, arrays, fact=fact, i=i: fact(arrays[i]))
             else:
                 raise TypeError(
                     f"the gradient rule of {name!r} names {wanted!r}: expected 'out', one of "
-                    f"{inputs_}, or one of them followed by '_shape'"
+                    f"{inputs_}, or one of them followed by '_shape', '_dtype' or '_device'"
                 )
         return rule
 

@@ -1,0 +1,209 @@
+"""Losses: how far an output is from what was wanted, as one number (or one a sample).
+
+`cross_entropy` is an op of its own, since it is in every training step; the others are made of
+simpler ops. `reduction` is "mean", "sum" or "none" everywhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minidl import backend
+from minidl.op import op, sample
+from minidl.ops.elementwise import abs_, softplus, where
+from minidl.ops.reduce import mean, sum_
+from minidl.ops.softmax import log_softmax, softmax
+
+
+def reduced(losses, reduction):
+    if reduction == "mean":
+        return mean(losses)
+    if reduction == "sum":
+        return sum_(losses)
+    if reduction == "none":
+        return losses
+    raise ValueError(f"reduction is 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def check_labels(target, shape, ignore_index):
+    """Labels (N, d1, ...) for scores (N, C, d1, ...), every one in [0, C) or `ignore_index`.
+
+    Raises:
+        TypeError: labels are not integers.
+        ValueError: their shape does not fit, or a label does not: which, where, and what does.
+    """
+    if target.dtype.kind not in "iu":
+        raise TypeError(
+            f"class labels are integers, got {target.dtype} of shape {target.shape} for scores of "
+            f"shape {shape} (class probabilities are floating and have the scores' shape)"
+        )
+    expected, classes = shape[:1] + shape[2:], shape[1]
+    if target.shape != expected:
+        raise ValueError(
+            f"scores of shape {shape} (N, C, ...) need labels of shape {expected}, "
+            f"got {target.shape}"
+        )
+    if not target.size or (target.min() >= 0 and target.max() < classes):
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        where_ = tuple(int(i[0]) for i in wrong.nonzero())
+        raise ValueError(
+            f"label {int(target[where_])} at {list(where_)} is outside [0, {classes}): the scores "
+            f"have {classes} classes (ignore_index is {ignore_index})"
+        )
+
+
+def wanted(target, weight, shape, dtype, ignore_index, label_smoothing):
+    """q with loss_n = -Σ_c q_nc log p_nc, shaped as the scores; and what "mean" divides by.
+
+    q is w_c at the label, 0 elsewhere and where the label is ignored; smoothing moves a share of
+    it to all classes evenly (Szegedy et al. 2016, section 7).
+    """
+    xp = backend.array_module(target)
+    counted = target != ignore_index
+    label = xp.expand_dims(xp.where(counted, target, 0), 1)
+    at_label = counted.astype(dtype)
+    if weight is not None:
+        at_label = at_label * weight[label[:, 0]]
+    q = xp.zeros(shape, dtype)
+    np.put_along_axis(q, label, xp.expand_dims(at_label, 1) * (1 - label_smoothing), 1)
+    if label_smoothing:
+        classes = shape[1]
+        share = xp.full(classes, label_smoothing / classes, dtype)
+        if weight is not None:
+            share = share * weight
+        share = share.reshape((1, classes) + (1,) * (len(shape) - 2))
+        q += share * xp.expand_dims(counted, 1)
+    return q, at_label.sum()
+
+
+@op
+def cross_entropy(
+    x, target, weight, *, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    """-log softmax(x)[label]: scores (N, C, d1, ...), labels (N, d1, ...) of integers.
+
+    Args:
+        weight: (C,) a factor for each class, or None. "mean" is then the weighted mean.
+
+    Raises:
+        TypeError, ValueError: labels that do not fit, see `check_labels`.
+    """
+    check_labels(target, x.shape, ignore_index)
+    logp = log_softmax.op.formula(x, dim=1)
+    q, total = wanted(target, weight, x.shape, x.dtype, ignore_index, label_smoothing)
+    losses = -(np.where(q == 0, 0, logp) * q).sum(axis=1)
+    return losses.sum() / total if reduction == "mean" else reduced(losses, reduction)
+
+
+@cross_entropy.gradient
+def _(g, x, target, weight, *, ignore_index, reduction, label_smoothing):
+    """d loss_n / dx = p_n Σ_c q_nc - q_n."""
+    q, total = wanted(target, weight, x.shape, x.dtype, ignore_index, label_smoothing)
+    if reduction == "mean":
+        g = g / total
+    elif reduction == "none":
+        g = g.reshape((x.shape[0], 1, *x.shape[2:]))
+    return g * (softmax(x, dim=1) * q.sum(axis=1, keepdims=True) - q), None, None
+
+
+def cross_entropy_loss(
+    x, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    """PyTorch's: scores (N, C, d1, ...) or (C,); labels, or probabilities shaped as the scores."""
+    if target.dtype.kind == "f" and target.shape == x.shape:
+        dim = 1 if x.ndim > 1 else 0
+        classes = x.shape[dim]
+        if label_smoothing:
+            target = target * (1 - label_smoothing) + label_smoothing / classes
+        logp = log_softmax(x, dim=dim)
+        if weight is not None:
+            logp = logp * weight.reshape((classes,) + (1,) * (x.ndim - dim - 1))
+        losses = -sum_(target * logp, dim=dim)
+        if reduction == "mean":  # over samples, whatever the weights
+            return sum_(losses) / max(losses.shape[0] if x.ndim == 2 else np.prod(losses.shape), 1)
+        return reduced(losses, reduction)
+    single = x.ndim == 1
+    if single:
+        x, target = x.reshape((1, -1)), target.reshape((1,)) if target.ndim == 0 else target
+    loss = cross_entropy(
+        x, target, weight, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+    return loss.reshape(()) if single and reduction == "none" else loss
+
+
+def nll_loss(logp, target, weight=None, ignore_index=-100, reduction="mean"):
+    """-w_label · logp[label]: log-probabilities (N, C, d1, ...) or (C,), labels of integers."""
+    single = logp.ndim == 1
+    if single:
+        logp, target = logp.reshape((1, -1)), target.reshape((1,))
+    labels, w = getattr(target, "array", target), getattr(weight, "array", weight)
+    check_labels(labels, logp.shape, ignore_index)
+    q, total = wanted(labels, w, logp.shape, logp.dtype, ignore_index, 0.0)
+    losses = -sum_(where(q == 0, 0, logp) * q, dim=1)
+    if reduction == "mean":
+        return sum_(losses) / total.item()
+    return reduced(losses.reshape(()) if single else losses, reduction)
+
+
+def check_shapes(name, x, y):
+    """PyTorch warns of a broadcast in a loss, since it is nearly always a mistake; here: refused."""
+    if x.shape != y.shape:
+        raise ValueError(f"{name}: input has shape {x.shape}, target {y.shape}: make them equal")
+
+
+def mse_loss(x, y, reduction="mean"):
+    """(x - y)²."""
+    check_shapes("mse_loss", x, y)
+    d = x - y
+    return reduced(d * d, reduction)
+
+
+def l1_loss(x, y, reduction="mean"):
+    """|x - y|."""
+    check_shapes("l1_loss", x, y)
+    return reduced(abs_(x - y), reduction)
+
+
+def huber_loss(x, y, reduction="mean", delta=1.0):
+    """d²/2 where |d| < δ, δ(|d| - δ/2) beyond (Huber 1964)."""
+    check_shapes("huber_loss", x, y)
+    if delta <= 0:
+        raise ValueError(f"huber_loss: delta is above 0, got {delta}")
+    d = x - y
+    size = abs_(d)
+    return reduced(where(size < delta, d * d * 0.5, (size - 0.5 * delta) * delta), reduction)
+
+
+def smooth_l1_loss(x, y, reduction="mean", beta=1.0):
+    """Huber's loss / β; for β = 0, |x - y| (Girshick 2015)."""
+    if beta < 0:
+        raise ValueError(f"smooth_l1_loss: beta is at least 0, got {beta}")
+    if beta == 0:
+        return l1_loss(x, y, reduction)
+    return huber_loss(x, y, reduction, beta) / beta
+
+
+def binary_cross_entropy_with_logits(x, y, weight=None, reduction="mean", pos_weight=None):
+    """-[w₊ y log σ(x) + (1 - y) log(1 - σ(x))], where log σ(x) = -softplus(-x)."""
+    check_shapes("binary_cross_entropy_with_logits", x, y)
+    if pos_weight is None:
+        losses = softplus(x) - x * y
+    else:
+        losses = (1 - y) * x + (1 + (pos_weight - 1) * y) * softplus(-x)
+    return reduced(losses if weight is None else losses * weight, reduction)
+
+
+@cross_entropy.samples
+def _(rng):
+    x, labels, weight = rng.normal(size=(5, 4)) * 2, rng.integers(0, 4, size=5), rng.random(4) + 0.5
+    for reduction in ("mean", "sum", "none"):
+        yield sample(x, labels, None, reduction=reduction)
+        yield sample(x, labels, None, reduction=reduction, label_smoothing=0.2)
+    yield sample(x, np.array([0, -100, 3, -100, 1]), None)
+    yield sample(rng.normal(size=(2, 3, 4)), rng.integers(0, 3, size=(2, 4)), None)
+    yield sample(rng.normal(size=(2, 3, 2, 2)), rng.integers(0, 3, size=(2, 2, 2)), None)
+    yield sample(rng.normal(size=(0, 4)), np.zeros(0, int), None, reduction="sum")
+    yield sample(x, np.array([0, 1, 3, 2, 1]), weight, ignore_index=1, label_smoothing=0.1)
