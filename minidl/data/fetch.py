@@ -1,0 +1,80 @@
+"""Loading one batch: what happens in the caller and in the worker processes alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from minidl.data.collate import default_collate, default_convert
+from minidl.data.dataset import batch_getter
+from minidl.data.randomness import loading
+
+Collate = Callable[[list[Any]], Any]
+
+
+def fetch(dataset: Any, indices: Sequence[int], collate: Collate, seed: int, epoch: int) -> Any:
+    """The batch of the samples at some indices.
+
+    At once where the dataset can (`Dataset.get_batch`, or PyTorch's `__getitems__`), else sample
+    by sample. An exception carries a note that says which sample it was.
+    """
+    if collate is default_collate and (get_batch := batch_getter(dataset)):
+        with loading(seed, epoch, indices), noting(f"the batch of samples {list(indices)[:8]}..."):
+            batch = get_batch(indices)
+        if batch is not None:
+            return default_convert(batch)
+    if hasattr(dataset, "__getitems__"):
+        with loading(seed, epoch, indices):
+            return collate(dataset.__getitems__(indices))
+    samples = []
+    for index in indices:
+        with loading(seed, epoch, (index,)), noting(f"sample {index}"):
+            samples.append(dataset[index])
+    return collate(samples)
+
+
+class noting:
+    """Adds "while loading ..." to an exception."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception):
+            error.add_note(f"(while loading {self.what})")
+
+
+class StreamFetcher:
+    """Batches of an `IterableDataset`, one after the other; `next_batch()` is None at its end.
+
+    `numbers` says which number each sample has, for `sample_rng`; a worker counts in steps of
+    the number of workers.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Collate,
+        batch_size: int,
+        drop_last: bool,
+        seed: int,
+        epoch: int,
+        numbers: Iterator[int],
+    ) -> None:
+        self.samples: Iterator[Any] = iter(dataset)
+        self.collate, self.batch_size, self.drop_last = collate, batch_size, drop_last
+        self.seed, self.epoch, self.numbers = seed, epoch, numbers
+
+    def next_batch(self) -> Any | None:
+        batch: list[Any] = []
+        while len(batch) < self.batch_size:
+            with loading(self.seed, self.epoch, (next(self.numbers),)):
+                try:
+                    batch.append(next(self.samples))
+                except StopIteration:
+                    break
+        if not batch or (self.drop_last and len(batch) < self.batch_size):
+            return None
+        return self.collate(batch)
