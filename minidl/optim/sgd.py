@@ -1,0 +1,58 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from minidl.optim.optimizer import Optimizer, axpy
+from minidl.tensor import Tensor
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013, in PyTorch's form).
+
+    g ← ∇ + weight_decay · p;  v ← momentum · v + (1 - dampening) · g  (at first v = g);
+    p ← p - lr · v, or with Nesterov's momentum p ← p - lr · (g + momentum · v).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
+            "nesterov": nesterov, "maximize": maximize,
+        })  # fmt: skip
+
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("nesterov needs momentum > 0 and dampening = 0")
+
+    def update(self, p: Any, g: Any, state: dict[str, Any], group: dict[str, Any]) -> None:
+        g = self.decayed(p, g, group["weight_decay"])
+        scratch = self.scratch(p, "step")
+        momentum = group["momentum"]
+        if momentum:
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = Tensor(g.copy())
+                v = g
+            else:
+                v = state["momentum_buffer"].array
+                np.multiply(v, momentum, out=v)
+                if group["dampening"]:
+                    v += np.multiply(g, 1 - group["dampening"], out=scratch)
+                else:
+                    v += g
+            g = axpy(momentum, v, g, scratch) if group["nesterov"] else v
+        p -= np.multiply(g, group["lr"], out=scratch)
