@@ -44,6 +44,8 @@ from minidl.creation import (
     zeros,
     zeros_like,
 )
+from minidl.explain import record_source, source
+from minidl.graph import draw
 from minidl.op import kernels, use
 from minidl.ops.linalg import einsum
 from minidl.ops.methods import cat, stack

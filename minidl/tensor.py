@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -238,6 +239,28 @@ class Tensor(Methods):
         from minidl.autograd import backward
 
         backward(self, gradient, retain_graph, create_graph)
+
+    def explain(
+        self,
+        path: str | PathLike[str] | None = None,
+        *,
+        gradient: Tensor | None = None,
+        names: Any = None,
+        steps: int | None = 200,
+    ) -> None:
+        """Print the backward walk step by step, or write it as a page: see `minidl.explain`.
+
+        Nothing is changed: no `.grad` is written, and the tape can still be walked.
+
+        Args:
+            path: of the HTML page to write; None: print text.
+            gradient: the gradient to start with, as for `backward`.
+            names: a dict of names and tensors, or a module; the caller's variables are found.
+            steps: show no more than this many; None: all.
+        """
+        from minidl.explain import explain
+
+        explain(self, path, gradient=gradient, names=names, steps=steps)
 
     def detach(self) -> Tensor:
         """The same array (not a copy), with no tape behind it."""
