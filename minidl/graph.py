@@ -410,7 +410,7 @@ class Graph:
         for above, below in self.links:
             path = [above]
             for at in range(above.layer - 1, below.layer, -1):  # a bend in each layer between
-                bend = Box("bend", layer=at)
+                bend = Box("leaf's bend" if is_leaf(above) else "bend", layer=at)
                 layers[depth - at].append(bend)
                 path.append(bend)
             path.append(below)
@@ -426,15 +426,22 @@ class Graph:
             down = sweep % 2 == 0
             for layer in layers if down else reversed(layers):
                 near = attrgetter("above" if down else "below")
-                layer.sort(key=lambda box, near=near: mean((b.x for b in near(box)), box.x))
+                middle = {box: mean((b.x for b in near(box)), box.x) for box in layer}
+                layer.sort(key=middle.__getitem__)
                 for i, box in enumerate(layer):
                     box.x = i
         for layer in layers:
             spread(layer, [0.0] * len(layer))
-        for sweep in range(20):
-            for layer in layers if sweep % 2 else reversed(layers):
-                wish = [mean((b.x for b in neighbours(box)), box.x) for box in layer]
-                spread(layer, wish)
+        for sweep in range(7):  # ops in line with what they use, or with what uses them
+            down = sweep % 2 == 0
+            for layer in layers if down else reversed(layers):
+                near = attrgetter("above" if down else "below")
+                spread(layer, [mean((b.x for b in ops(near(box))), box.x) for box in layer])
+        for layer in reversed(layers):  # at last, leaves over their users
+            wish = [
+                mean((b.x for b in box.below), box.x) if is_leaf(box) else box.x for box in layer
+            ]
+            spread(layer, wish)
 
         left = bottom = 0.0
         for number, column in enumerate(wrap(layers, rows)):
@@ -520,10 +527,13 @@ def shorten(text: str, length: int = 34) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def neighbours(box: Box) -> list[Box]:
-    """What a box wants to stand near to: leaves follow the ops, ops follow one another."""
-    near = [*box.above, *box.below]
-    return [b for b in near if b.kind not in ("leaf", "constant")] or near
+def is_leaf(box: Box) -> bool:
+    return box.kind.startswith(("leaf", "constant"))
+
+
+def ops(boxes: list[Box]) -> list[Box]:
+    """Without the leaves, if there are others: leaves follow the ops, not ops the leaves."""
+    return [box for box in boxes if not is_leaf(box)] or boxes
 
 
 def mean(values: Iterator[float], default: float) -> float:
@@ -547,7 +557,8 @@ def spread(layer: list[Box], wish: list[float]) -> None:
         if i:
             offset += (layer[i - 1].width + box.width) / 2 + GAP_X
         offsets.append(offset)
-        pools.append([4.0 if box.kind == "bend" else 1.0, wish[i] - offset, 1])
+        weight = 4.0 if box.kind == "bend" else 0.05 if is_leaf(box) else 1.0
+        pools.append([weight, wish[i] - offset, 1])
         while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
             w, m, n = pools.pop()
             total = pools[-1][0] + w

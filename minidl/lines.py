@@ -393,8 +393,7 @@ def explained(scope: Scope) -> ast.expr | None:
                 name = value.id if isinstance(value, ast.Name) else ""
                 if not isinstance(scope.look_up(name), ModuleType):  # not minidl.explain.explain(x)
                     return value
-            name = getattr(tree.func, "attr", None) or getattr(tree.func, "id", None)
-            if name == "explain" and tree.args:
+            if getattr(tree.func, "attr", getattr(tree.func, "id", "")) == "explain" and tree.args:
                 return tree.args[0]
     return None
 
