@@ -501,7 +501,7 @@ def _(rng):
 @clone.samples
 def _(rng):
     yield sample(rng.normal(size=(3, 4)) * 2)
-    yield sample(rng.normal(size=()))
+    yield sample(np.array(rng.normal()))
     yield sample(rng.normal(size=(0, 4)))
 
 
@@ -510,7 +510,7 @@ def _(rng):
 @sqrt.samples
 def _(rng):
     yield sample(rng.uniform(0.5, 3, size=(3, 4)))
-    yield sample(rng.uniform(0.5, 3, size=()))
+    yield sample(np.array(rng.uniform(0.5, 3)))
     yield sample(rng.uniform(0.5, 3, size=(0, 4)))
 
 
@@ -532,7 +532,7 @@ def _(rng):
 @where.samples
 def _(rng):
     yield sample(rng.random((3, 4)) < 0.5, rng.normal(size=(3, 4)), rng.normal(size=(3, 4)))
-    yield sample(rng.random((3, 1)) < 0.5, rng.normal(size=4), rng.normal(size=()))
+    yield sample(rng.random((3, 1)) < 0.5, rng.normal(size=4), np.array(rng.normal()))
     yield sample(rng.random((3, 4)) < 0.5, rng.normal(size=(3, 4)), 1.5)
     yield sample(np.zeros((0, 4), bool), rng.normal(size=(0, 4)), rng.normal(size=4))
 
@@ -547,7 +547,6 @@ def _(rng):
     yield sample(rng.normal(size=(3, 4)), device="cpu")
 
 
-@sign.samples
 @floor.samples
 @ceil.samples
 @isnan.samples
@@ -557,6 +556,12 @@ def _(rng):
 def _(rng):
     yield sample(rng.normal(size=(3, 4)) * 3)
     yield sample(np.array([0.0, -0.0, 0.5, -0.5, 1.5, np.inf, -np.inf, np.nan]))
+
+
+@sign.samples
+def _(rng):
+    yield sample(np.array([0.0, -0.0, 0.5, -0.5, np.inf, -np.inf]))
+    yield sample(rng.integers(-1, 2, size=(3, 4)))
 
 
 @round_.samples
@@ -602,4 +607,4 @@ def _(rng):
 
 def away_from_zero(rng, shape):
     """Numbers of both signs, of size 0.1 and more: no finite difference steps over a kink at 0."""
-    return rng.choice([-1.0, 1.0], size=shape) * rng.uniform(0.1, 2, size=shape)
+    return np.array(rng.choice([-1.0, 1.0], size=shape) * rng.uniform(0.1, 2, size=shape))

@@ -13,6 +13,7 @@ from minidl.op import op, sample
 from minidl.ops.elementwise import abs_, softplus, where
 from minidl.ops.reduce import mean, sum_
 from minidl.ops.softmax import log_softmax, softmax
+from minidl.tensor import raw
 
 
 def reduced(losses, reduction):
@@ -65,14 +66,14 @@ def wanted(target, weight, shape, dtype, ignore_index, label_smoothing):
     label = xp.expand_dims(xp.where(counted, target, 0), 1)
     at_label = counted.astype(dtype)
     if weight is not None:
-        at_label = at_label * weight[label[:, 0]]
+        at_label = at_label * weight.astype(dtype)[label[:, 0]]
     q = xp.zeros(shape, dtype)
     np.put_along_axis(q, label, xp.expand_dims(at_label, 1) * (1 - label_smoothing), 1)
     if label_smoothing:
         classes = shape[1]
         share = xp.full(classes, label_smoothing / classes, dtype)
         if weight is not None:
-            share = share * weight
+            share = share * weight.astype(dtype)
         share = share.reshape((1, classes) + (1,) * (len(shape) - 2))
         q += share * xp.expand_dims(counted, 1)
     return q, at_label.sum()
@@ -80,12 +81,12 @@ def wanted(target, weight, shape, dtype, ignore_index, label_smoothing):
 
 @op
 def cross_entropy(
-    x, target, weight, *, ignore_index=-100, reduction="mean", label_smoothing=0.0
+    x, target, *, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
 ):
     """-log softmax(x)[label]: scores (N, C, d1, ...), labels (N, d1, ...) of integers.
 
     Args:
-        weight: (C,) a factor for each class, or None. "mean" is then the weighted mean.
+        weight: array (C,), a factor for each class; "mean" is then the weighted mean.
 
     Raises:
         TypeError, ValueError: labels that do not fit, see `check_labels`.
@@ -98,14 +99,14 @@ def cross_entropy(
 
 
 @cross_entropy.gradient
-def _(g, x, target, weight, *, ignore_index, reduction, label_smoothing):
+def _(g, x, target, *, weight, ignore_index, reduction, label_smoothing):
     """d loss_n / dx = p_n Σ_c q_nc - q_n."""
     q, total = wanted(target, weight, x.shape, x.dtype, ignore_index, label_smoothing)
     if reduction == "mean":
         g = g / total
     elif reduction == "none":
         g = g.reshape((x.shape[0], 1, *x.shape[2:]))
-    return g * (softmax(x, dim=1) * q.sum(axis=1, keepdims=True) - q), None, None
+    return g * (softmax(x, dim=1) * q.sum(axis=1, keepdims=True) - q), None
 
 
 def cross_entropy_loss(
@@ -128,7 +129,7 @@ def cross_entropy_loss(
     if single:
         x, target = x.reshape((1, -1)), target.reshape((1,)) if target.ndim == 0 else target
     loss = cross_entropy(
-        x, target, weight, ignore_index=ignore_index, reduction=reduction,
+        x, target, weight=raw(weight), ignore_index=ignore_index, reduction=reduction,
         label_smoothing=label_smoothing,
     )  # fmt: skip
     return loss.reshape(()) if single and reduction == "none" else loss
@@ -139,7 +140,7 @@ def nll_loss(logp, target, weight=None, ignore_index=-100, reduction="mean"):
     single = logp.ndim == 1
     if single:
         logp, target = logp.reshape((1, -1)), target.reshape((1,))
-    labels, w = getattr(target, "array", target), getattr(weight, "array", weight)
+    labels, w = raw(target), raw(weight)
     check_labels(labels, logp.shape, ignore_index)
     q, total = wanted(labels, w, logp.shape, logp.dtype, ignore_index, 0.0)
     losses = -sum_(where(q == 0, 0, logp) * q, dim=1)
@@ -200,10 +201,10 @@ def binary_cross_entropy_with_logits(x, y, weight=None, reduction="mean", pos_we
 def _(rng):
     x, labels, weight = rng.normal(size=(5, 4)) * 2, rng.integers(0, 4, size=5), rng.random(4) + 0.5
     for reduction in ("mean", "sum", "none"):
-        yield sample(x, labels, None, reduction=reduction)
-        yield sample(x, labels, None, reduction=reduction, label_smoothing=0.2)
-    yield sample(x, np.array([0, -100, 3, -100, 1]), None)
-    yield sample(rng.normal(size=(2, 3, 4)), rng.integers(0, 3, size=(2, 4)), None)
-    yield sample(rng.normal(size=(2, 3, 2, 2)), rng.integers(0, 3, size=(2, 2, 2)), None)
-    yield sample(rng.normal(size=(0, 4)), np.zeros(0, int), None, reduction="sum")
-    yield sample(x, np.array([0, 1, 3, 2, 1]), weight, ignore_index=1, label_smoothing=0.1)
+        yield sample(x, labels, reduction=reduction)
+        yield sample(x, labels, reduction=reduction, label_smoothing=0.2)
+    yield sample(x, np.array([0, -100, 3, -100, 1]))
+    yield sample(rng.normal(size=(2, 3, 4)), rng.integers(0, 3, size=(2, 4)))
+    yield sample(rng.normal(size=(2, 3, 2, 2)), rng.integers(0, 3, size=(2, 2, 2)))
+    yield sample(rng.normal(size=(0, 4)), np.zeros(0, int), reduction="sum")
+    yield sample(x, np.array([0, 1, 3, 2, 1]), weight=weight, ignore_index=1, label_smoothing=0.1)

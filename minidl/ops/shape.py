@@ -231,7 +231,7 @@ def pad(x, padding, value=0.0):
 def _(rng):
     yield sample(rng.normal(size=(3, 4)), shape=(2, 6))
     yield sample(rng.normal(size=(3, 4)), shape=(-1,))
-    yield sample(rng.normal(size=()), shape=(1, 1))
+    yield sample(np.array(rng.normal()), shape=(1, 1))
     yield sample(rng.normal(size=(0, 4)), shape=(2, 0))
 
 
@@ -253,7 +253,7 @@ def _(rng):
 def _(rng):
     yield sample(rng.normal(size=(3, 1)), shape=(3, 4))
     yield sample(rng.normal(size=3), shape=(2, 4, 3))
-    yield sample(rng.normal(size=()), shape=(2, 2))
+    yield sample(np.array(rng.normal()), shape=(2, 2))
     yield sample(rng.normal(size=(1, 3)), shape=(0, 3))
 
 
