@@ -535,7 +535,7 @@ def gradcheck(
         """The inputs as fresh leaves, one of them moved by a step."""
         xs = [Tensor(x.array, x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
         if moved is not None:
-            xs[moved].array = xs[moved].array + step
+            xs[moved] = Tensor(xs[moved].array + step, requires_grad=True)
         return xs
 
     for i in checked * directions:
