@@ -43,7 +43,7 @@ import numpy as np
 
 from minidl import backend
 from minidl.autograd import Node, mode, tick
-from minidl.tensor import Tensor
+from minidl.tensor import Tensor, float32, float64
 
 Formula = Callable[..., Any]
 
@@ -242,6 +242,8 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
 
         if type(out) is not np.ndarray and isinstance(out, np.generic):
             out = np.asarray(out)
+        if out.dtype is float64:  # as PyTorch: int64 * float32 and int64 / int64 are float32
+            out = not_widened(out, arrays, kwargs)
         y = new(Tensor)
         y.array = out
         y.grad = y.hooks = None
@@ -325,6 +327,14 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
     call.op, call.gradient, call.samples, call.kernel = this, gradient, samples, kernel  # type: ignore[attr-defined]
     registry[name] = call  # type: ignore[assignment]
     return call  # type: ignore[return-value]
+
+
+def not_widened(out: Any, arrays: list[Any], kwargs: dict[str, Any]) -> Any:
+    """A float64 result in the inputs' own floating dtype, float32 if they have none."""
+    floats = [a.dtype for a in arrays if hasattr(a, "dtype") and a.dtype.kind == "f"]
+    if "dtype" in kwargs:  # asked for
+        return out
+    return out.astype(np.result_type(*floats) if floats else float32, copy=False)
 
 
 def describe(x: Any) -> str:
