@@ -36,7 +36,7 @@ from minidl.tensor import Tensor
 
 METADATA = "minidl"
 VERSION = 1
-DTYPES = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64"
+DTYPES = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64"
 MAX_DEPTH = 100
 
 Where = tuple[Any, ...]  # the keys and indices that lead to a value
@@ -123,8 +123,8 @@ class _Packer:
         if isinstance(obj, np.ndarray):
             return {"$array": self.store(obj, where)}
         if isinstance(obj, np.generic):
-            if obj.dtype.name not in DTYPES.split() or obj.dtype.kind == "c":
-                raise TypeError(f"{place(where)}: a NumPy scalar {obj.dtype} cannot be saved")
+            if obj.dtype.name not in DTYPES.split():
+                raise TypeError(f"{place(where)}: a NumPy scalar of {obj.dtype} cannot be saved")
             return {"$scalar": [obj.dtype.name, self.pack(obj.item(), where)]}
         if obj is None or isinstance(obj, bool):
             return obj

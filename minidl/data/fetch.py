@@ -46,35 +46,28 @@ class noting:
             error.add_note(f"(while loading {self.what})")
 
 
-class StreamFetcher:
-    """Batches of an `IterableDataset`, one after the other; `next_batch()` is None at its end.
+def fetch_stream(
+    dataset: Any,
+    collate: Collate,
+    batch_size: int,
+    drop_last: bool,
+    seed: int,
+    epoch: int,
+    numbers: Iterator[int],
+) -> Iterator[Any]:
+    """Batches of an `IterableDataset`, one after the other.
 
     `numbers` says which number each sample has, for `sample_rng`; a worker counts in steps of
     the number of workers.
     """
-
-    def __init__(
-        self,
-        dataset: Any,
-        collate: Collate,
-        batch_size: int,
-        drop_last: bool,
-        seed: int,
-        epoch: int,
-        numbers: Iterator[int],
-    ) -> None:
-        self.samples: Iterator[Any] = iter(dataset)
-        self.collate, self.batch_size, self.drop_last = collate, batch_size, drop_last
-        self.seed, self.epoch, self.numbers = seed, epoch, numbers
-
-    def next_batch(self) -> Any | None:
+    samples, ended = iter(dataset), False
+    while not ended:
         batch: list[Any] = []
-        while len(batch) < self.batch_size:
-            with loading(self.seed, self.epoch, (next(self.numbers),)):
+        while len(batch) < batch_size and not ended:
+            with loading(seed, epoch, (next(numbers),)):
                 try:
-                    batch.append(next(self.samples))
+                    batch.append(next(samples))
                 except StopIteration:
-                    break
-        if not batch or (self.drop_last and len(batch) < self.batch_size):
-            return None
-        return self.collate(batch)
+                    ended = True
+        if len(batch) == batch_size or (batch and not drop_last):
+            yield collate(batch)

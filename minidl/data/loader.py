@@ -11,7 +11,7 @@ from typing import Any
 from minidl.backend import random as rng
 from minidl.data.collate import default_collate
 from minidl.data.dataset import IterableDataset
-from minidl.data.fetch import Collate, StreamFetcher, fetch
+from minidl.data.fetch import Collate, fetch, fetch_stream
 from minidl.data.randomness import choose_seed
 from minidl.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 from minidl.data.workers import Work, WorkerPool
@@ -183,10 +183,10 @@ class DataLoader:
     def _load_here(self, epoch: int, start: int, seed: int) -> Iterator[Any]:
         if self.is_stream:
             numbers = itertools.count()
-            stream = StreamFetcher(
+            stream = fetch_stream(
                 self.dataset, self.collate_fn, self.batch_size, self.drop_last, seed, epoch, numbers
             )
-            yield from itertools.islice(iter(stream.next_batch, None), start, None)
+            yield from itertools.islice(stream, start, None)
         else:
             for indices in self._indices(epoch, start, seed):
                 yield fetch(self.dataset, indices, self.collate_fn, seed, epoch)

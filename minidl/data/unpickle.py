@@ -16,8 +16,9 @@ from minidl.data.errors import DataError
 ALLOWED = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),  # as NumPy 1 wrote it
     ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),  # protocol 5
     ("_codecs", "encode"),  # bytes, as Python 3 writes them in protocols below 3
 }
 
@@ -26,9 +27,10 @@ class ArrayUnpickler(pickle.Unpickler):
     """An unpickler for arrays, numbers, strings, lists and dicts."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core.", "numpy._core.")  # as NumPy 1 called it
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(module, name)
 
 
 def read_pickle(path: Path) -> Any:

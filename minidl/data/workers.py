@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from minidl.backend import random as rng
-from minidl.data.fetch import Collate, StreamFetcher, fetch
+from minidl.data.fetch import Collate, fetch, fetch_stream
 from minidl.data.randomness import WORKER, stream
 
 # The parent's ends of all pipes. A forked worker inherits them and must close them: as long as
@@ -122,7 +122,7 @@ def work(id: int, connection: Connection, job: Work) -> None:
     threading.Thread(target=listen, daemon=True).start()
 
     seed = epoch = 0
-    batches: StreamFetcher | None = None
+    batches: Iterator[Any] | None = None
     started = False
     while (request := requests.get()) is not None:
         try:
@@ -139,10 +139,10 @@ def work(id: int, connection: Connection, job: Work) -> None:
             else:
                 if batches is None:
                     numbers = itertools.count(id, job.num_workers)
-                    batches = StreamFetcher(
+                    batches = fetch_stream(
                         job.dataset, job.collate, *job.batching, seed, epoch, numbers
                     )
-                batch = batches.next_batch()
+                batch = next(batches, None)
                 answer = ("end", None) if batch is None else ("batch", batch)
         except BaseException as error:
             answer = ("error", _pack_error(error, id))
