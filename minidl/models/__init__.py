@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,15 +19,17 @@ __all__ = ["get", "registry", *registry]
 
 
 def get(name: str, **kwargs: Any) -> Module:
-    """A network by its name: ``models.get("cnn", num_classes=10)``.
+    """A network by its name: ``models.get("cnn", num_classes=10, in_channels=1, image_size=28)``.
+
+    `image_size` is left out for a network that takes images of any size.
 
     Raises:
         ValueError: there is none of that name; lists those that there are.
     """
     if name not in registry:
         close = difflib.get_close_matches(name, registry, 1)
-        raise ValueError(
-            f"no model is called {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
-            + f" Choose one of: {', '.join(registry)}"
-        )  # fmt: skip
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"no model is called {name!r}: {hint}choose one of {', '.join(registry)}")
+    if "image_size" not in inspect.signature(registry[name]).parameters:
+        kwargs.pop("image_size", None)
     return registry[name](**kwargs)

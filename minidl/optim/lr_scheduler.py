@@ -55,15 +55,13 @@ class LRScheduler:
         """Advance by one (or go to `epoch`), and set the learning rates."""
         before = self.last_epoch
         self.last_epoch = t = before + 1 if epoch is None else epoch
-        groups = self.optimizer.param_groups
-        found = [group["lr"] for group in groups]
-        expected = self._last_lr or (found if before >= 0 else self.base_lrs)
         self._last_lr = []
-        for i, (group, base) in enumerate(zip(groups, self.base_lrs)):
+        for i, (group, base) in enumerate(zip(self.optimizer.param_groups, self.base_lrs)):
             lr = self.value(t, base, i)
-            if self.scales and epoch is None and found[i] != expected[i]:
+            if self.scales and epoch is None:
                 previous = self.value(before, base, i) if before >= 0 else base
-                lr *= found[i] / previous if previous else 1.0
+                if group["lr"] != previous and previous != 0:
+                    lr *= group["lr"] / previous
             group["lr"] = lr
             self._last_lr.append(lr)
 
