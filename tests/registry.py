@@ -188,20 +188,20 @@ def read_only(x: np.ndarray) -> np.ndarray:
 
 
 def transposed(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x.T).T
+    return x.T.copy(order="C").T
 
 
 def strided(x: np.ndarray) -> np.ndarray:
     """Every second element of a larger array, with NaN in between."""
     larger = np.full([2 * n for n in x.shape], np.nan if x.dtype.kind == "f" else 0, x.dtype)
-    view = larger[(slice(None, None, 2),) * x.ndim]
+    view = larger[..., *(slice(None, None, 2),) * x.ndim]
     view[...] = x
     return view
 
 
 def backwards(x: np.ndarray) -> np.ndarray:
     """Negative strides."""
-    flip = (slice(None, None, -1),) * x.ndim
+    flip = (..., *(slice(None, None, -1),) * x.ndim)
     return x[flip].copy()[flip]
 
 
@@ -243,8 +243,11 @@ def scaled(rule: Any, i: int, factor: float) -> Any:
 
     def wrong(*args: Any, **kwargs: Any) -> list[Any]:
         entries = list(rule(*args, **kwargs))
-        g = entries[i]() if callable(entries[i]) else entries[i]
-        entries[i] = None if g is None else g * factor
+        right = entries[i]
+        if callable(right):
+            entries[i] = lambda: right() * factor
+        elif right is not None:
+            entries[i] = right * factor
         return entries
 
     return wrong

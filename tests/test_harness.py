@@ -63,10 +63,11 @@ def test_a_wrong_second_derivative_is_caught(case: Case) -> None:
     """A rule that treats what it was given (a statistic, say) as a constant is right only once."""
     right = second_order(case)
     largest = max(np.abs(a).max(initial=0) for a in right)
+    outcome = reg.outcome(case)
     y = case.function(*reg.leaves(case), **case.kwargs)
     for i in range(1 + len(y.node.saved)):
         with reg.replaced(case.op, rule=reg.forgetful(case.op.rule, i)):
-            test_ops.test_gradient(case, 1)
+            reg.assert_same_bits(reg.outcome(case), outcome)
             wrong = second_order(case)
             if max(np.abs(a - b).max(initial=0) for a, b in zip(right, wrong)) > 1e-3 * largest:
                 with fails(f"{case.op.name}: argument {i} of the rule as a constant"):
@@ -148,26 +149,26 @@ class TestBadOps:
         """DeZero's batch norm: the first order is right, the second silently wrong."""
 
         @op
-        def standardize(x):
+        def whiten(x):
             return (x - x.mean()) / x.std()
 
-        @standardize.gradient
+        @whiten.gradient
         def _(g, x):
             values = x.array if isinstance(x, Tensor) else x
             mean, std = float(values.mean()), float(values.std())
             h = (x - mean) * (1 / std)
             return ((g - g.mean() - h * (g * h).mean()) * (1 / std),)
 
-        @standardize.samples
+        @whiten.samples
         def _(rng):
             yield sample(rng.normal(size=(4, 5)))
 
-        test_ops.test_gradient(case_of(standardize), 1)
+        test_ops.test_gradient(case_of(whiten), 1)
         with fails("a statistic taken as a constant"):
-            test_ops.test_gradient(case_of(standardize), 2)
+            test_ops.test_gradient(case_of(whiten), 2)
 
     def test_wrong_formula(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        @op
+        @op(constant=True)
         def twice(x):
             return 2.0000001 * x
 
@@ -180,7 +181,7 @@ class TestBadOps:
             test_ops.test_formula(case_of(twice))
 
     def test_writes_to_its_input(self) -> None:
-        @op
+        @op(constant=True)
         def sneaky(x):
             x *= 2
             return x.copy()
@@ -193,7 +194,7 @@ class TestBadOps:
             test_ops.test_read_only(case_of(sneaky))
 
     def test_reads_memory_in_the_wrong_order(self) -> None:
-        @op
+        @op(constant=True)
         def flat(x):
             return x.ravel(order="K").copy()
 
@@ -202,10 +203,10 @@ class TestBadOps:
             yield sample(rng.normal(size=(2, 3)))
 
         with fails("an op that depends on the memory layout"):
-            test_ops.test_layout(case_of(flat), reg.transposed)
+            test_ops.test_layout(case_of(flat))
 
     def test_empty_shape(self) -> None:
-        @op
+        @op(constant=True)
         def at_least_one(x):
             return np.zeros((max(len(x), 1), 2))
 
