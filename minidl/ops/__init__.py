@@ -3,6 +3,23 @@
 Importing this package registers them all, and gives Tensor its operators and methods.
 """
 
-from minidl.ops import elementwise, linalg, loss, methods, reduce, shape, softmax
+from minidl.ops import (
+    conv,
+    dropout,
+    elementwise,
+    embedding,
+    linalg,
+    loss,
+    methods,
+    norm,
+    pool,
+    reduce,
+    rnn,
+    shape,
+    softmax,
+)
 
-__all__ = ["elementwise", "linalg", "loss", "methods", "reduce", "shape", "softmax"]
+__all__ = [
+    "conv", "dropout", "elementwise", "embedding", "linalg", "loss", "methods", "norm", "pool",
+    "reduce", "rnn", "shape", "softmax",
+]  # fmt: skip

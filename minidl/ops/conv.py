@@ -52,8 +52,10 @@ def output_size(
     """Height and width of what a sliding window makes of an image.
 
     Raises:
-        ValueError: the window is larger than the padded image.
+        ValueError: the image has no pixels, or the window is larger than the padded image.
     """
+    if 0 in size:
+        raise ValueError(f"an image of height and width {tuple(size)} has no pixels")
     h, w = (
         output_length(*axis, ceil=ceil)
         for axis in zip(size, kernel, stride, padding, dilation, strict=True)
@@ -177,9 +179,7 @@ def conv2d_input(
     """
     check_size(y.shape[2:], input_size, w.shape[2:], stride, padding, dilation)
     columns = w.reshape(groups, w.shape[0] // groups, -1).swapaxes(1, 2) @ by_group(y, groups)
-    columns = columns.reshape(
-        w.shape[1] * groups, *w.shape[2:], y.shape[0], *y.shape[2:]
-    )
+    columns = columns.reshape(w.shape[1] * groups, *w.shape[2:], y.shape[0], *y.shape[2:])
     return col2im(columns, input_size, stride, padding, dilation)
 
 
@@ -254,12 +254,15 @@ def patches(
         x.shape[0], o, *output_size(x.shape[2:], kernel, stride, (0, 0), dilation)
     ):
         channel, top, left = k // (o // groups) * c, p * stride[0], q * stride[1]
-        yield (n, k, p, q), x[
-            n,
-            channel : channel + c,
-            top : top + dilation[0] * kernel[0] : dilation[0],
-            left : left + dilation[1] * kernel[1] : dilation[1],
-        ]
+        yield (
+            (n, k, p, q),
+            x[
+                n,
+                channel : channel + c,
+                top : top + dilation[0] * kernel[0] : dilation[0],
+                left : left + dilation[1] * kernel[1] : dilation[1],
+            ],
+        )
 
 
 def pad(x: Any, padding: Pair) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from minidl import backend
 from minidl.op import op, sample
-from minidl.ops.elementwise import abs_, softplus, where
+from minidl.ops.elementwise import abs_, clamp, log, softplus, where
 from minidl.ops.reduce import mean, sum_
 from minidl.ops.softmax import log_softmax, softmax
 from minidl.tensor import raw
@@ -187,6 +187,37 @@ def smooth_l1_loss(x, y, reduction="mean", beta=1.0):
     return huber_loss(x, y, reduction, beta) / beta
 
 
+@op
+def bce(p, y):
+    """-(y log p + (1 - y) log(1 - p)), an element each; logarithms are at least -100."""
+    with np.errstate(divide="ignore"):
+        log_p, log_q = np.log(p), np.log(1 - p)
+    return -(y * np.maximum(log_p, -100) + (1 - y) * np.maximum(log_q, -100))
+
+
+@bce.gradient
+def _(g, p, y):
+    """At p = 0 and 1 finite, as in PyTorch."""
+    return (
+        lambda: g * (p - y) / clamp(p * (1 - p), min=1e-12),
+        lambda: g * (clamp(log(1 - p), min=-100) - clamp(log(p), min=-100)),
+    )
+
+
+def binary_cross_entropy(p, y, weight=None, reduction="mean"):
+    """Of probabilities in [0, 1]."""
+    check_shapes("binary_cross_entropy", p, y)
+    probabilities = raw(p)
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError(
+            "binary_cross_entropy takes probabilities in [0, 1], got values from "
+            f"{probabilities.min()} to {probabilities.max()}; of scores take the sigmoid, or "
+            "better binary_cross_entropy_with_logits"
+        )
+    losses = bce(p, y)
+    return reduced(losses if weight is None else losses * weight, reduction)
+
+
 def binary_cross_entropy_with_logits(x, y, weight=None, reduction="mean", pos_weight=None):
     """-[w₊ y log σ(x) + (1 - y) log(1 - σ(x))], where log σ(x) = -softplus(-x)."""
     check_shapes("binary_cross_entropy_with_logits", x, y)
@@ -208,3 +239,9 @@ def _(rng):
     yield sample(rng.normal(size=(2, 3, 2, 2)), rng.integers(0, 3, size=(2, 2, 2)))
     yield sample(rng.normal(size=(0, 4)), np.zeros(0, int), reduction="sum")
     yield sample(x, np.array([0, 1, 3, 2, 1]), weight=weight, ignore_index=1, label_smoothing=0.1)
+
+
+@bce.samples
+def _(rng):
+    yield sample(rng.uniform(0.1, 0.9, size=(3, 4)), rng.uniform(size=(3, 4)))
+    yield sample(rng.uniform(0.1, 0.9, size=(0, 4)), rng.uniform(size=(0, 4)))

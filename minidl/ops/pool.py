@@ -149,9 +149,7 @@ def avg_pool2d(
 
 
 @avg_pool2d.gradient
-def _(
-    g, x_shape, *, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-):
+def _(g, x_shape, *, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
     spread = avg_pool2d_input(
         g,
         input_size=x_shape[2:],

@@ -39,9 +39,7 @@ def _(x, w, *, stride, padding, dilation, groups):
 @loops("conv2d_input")
 def _(y, w, *, input_size, stride, padding, dilation, groups):
     x = np.zeros((y.shape[0], w.shape[1] * groups, *input_size))
-    for at_x, at_w, at_y in terms(
-        x.shape, w.shape, y.shape[2:], stride, padding, dilation, groups
-    ):
+    for at_x, at_w, at_y in terms(x.shape, w.shape, y.shape[2:], stride, padding, dilation, groups):
         x[at_x] += y[at_y] * w[at_w]
     return x
 
@@ -49,9 +47,7 @@ def _(y, w, *, input_size, stride, padding, dilation, groups):
 @loops("conv2d_weight")
 def _(y, x, *, kernel_size, stride, padding, dilation, groups):
     w = np.zeros((y.shape[1], x.shape[1] // groups, *kernel_size))
-    for at_x, at_w, at_y in terms(
-        x.shape, w.shape, y.shape[2:], stride, padding, dilation, groups
-    ):
+    for at_x, at_w, at_y in terms(x.shape, w.shape, y.shape[2:], stride, padding, dilation, groups):
         w[at_w] += y[at_y] * x[at_x]
     return w
 

@@ -33,3 +33,18 @@ def _(x, target, *, weight, **settings):
 
     weight = None if weight is None else torch.from_numpy(weight)
     return torch.nn.functional.cross_entropy(x, target, weight, **settings)
+
+
+@loops("bce")
+def _(p, y):
+    losses = np.zeros(p.shape)
+    for at in np.ndindex(*p.shape):
+        losses[at] = -y[at] * math.log(p[at]) - (1 - y[at]) * math.log(1 - p[at])
+    return losses
+
+
+@pytorch("bce")
+def _(p, y):
+    import torch
+
+    return -y * torch.log(p) - (1 - y) * torch.log(1 - p)
