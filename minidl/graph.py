@@ -145,7 +145,7 @@ def find_names(given: Any = None, frame: FrameType | None = None) -> Names:
                 note(parameter if len(modules) == 1 else f"{_name}.{parameter}", tensor)
         for name, value in found:
             if type(value) in (list, tuple) and len(value) <= 1000:
-                for i, tensor in enumerate(value):
+                for i, tensor in enumerate(tuple(value)):  # a tracer may grow it
                     note(f"{name}[{i}]", tensor)
             elif type(value) is dict and len(value) <= 1000:
                 for key, tensor in list(value.items()):
