@@ -26,11 +26,11 @@ struct Taps {
 
 // ---- B, packed from the image -----------------------------------------------------------------
 
-// For each channel the packing first makes "shifted planes": for each horizontal tap, the image's
-// rows as this tap sees them, padded with zeros, cut to the output's width and laid end to end.
-// There the tap (r, s) of a run of output pixels is a run of memory, whatever the stride and the
-// padding, and across the ends of rows: packing is then copying. With a vertical stride, the rows
-// seen by one tap are every stride-th, so the rows are kept apart by their residue ("class").
+// For one channel after the other the packing makes "shifted planes": for each horizontal tap, the
+// image's rows as this tap sees them, padded with zeros, cut to the output's width and laid end to
+// end. There the tap (r, s) of a run of output pixels is a run of memory, whatever the stride and
+// the padding, and across the ends of rows: packing is then copying. With a vertical stride, the
+// rows seen by one tap are every stride-th, so the rows are kept apart by their residue ("class").
 template <class T>
 class Im2col {
  public:
@@ -38,9 +38,20 @@ class Im2col {
   // The output has out_h x out_w pixels an image.
   Im2col(const T* x, Index image_stride, Index h, Index w, Index out_h, Index out_w, Taps vertical,
          Taps horizontal)
-      : x_(x), image_stride_(image_stride), h_(h), w_(w), out_h_(out_h), out_w_(out_w),
-        vertical_(vertical), horizontal_(horizontal), class_(vertical.count),
-        offset_(vertical.count), first_row_(vertical.count), above_(0), below_(0), classes_(0) {
+      : x_(x),
+        image_stride_(image_stride),
+        h_(h),
+        w_(w),
+        out_h_(out_h),
+        out_w_(out_w),
+        vertical_(vertical),
+        horizontal_(horizontal),
+        class_(vertical.count),
+        offset_(vertical.count),
+        first_row_(vertical.count),
+        above_(0),
+        below_(0),
+        classes_(0) {
     const Index step = vertical.step;
     for (Index r = 0; r < vertical.count; ++r) {
       const Index offset = divide_down(vertical.shift[r], step);
@@ -68,94 +79,101 @@ class Im2col {
   void pack(T* dst, Index k0, Index depth, Index j0, Index columns) const {
     constexpr Index nr = kTileColumns<T>;
     const Index pixels = out_h_ * out_w_, taps = vertical_.count * horizontal_.count;
-    const Index channel0 = k0 / taps, channels = (k0 + depth - 1) / taps - channel0 + 1;
     if (columns % nr != 0) {  // the columns behind the last one: computed with, but not stored
       std::memset(dst + columns / nr * nr * depth, 0,
                   static_cast<std::size_t>(depth * nr) * sizeof(T));
     }
     const Index most_rows = smaller(out_h_, (columns - 1) / out_w_ + 2) + below_ - above_;
-    const Scratch<T> planes(
-        plain_ ? 0 : channels * horizontal_.count * classes_ * most_rows * out_w_);
-    const Scratch<Index> row_of_k(depth);
+    const Scratch<T> planes(plain_ ? 0 : horizontal_.count * classes_ * most_rows * out_w_);
+    const Scratch<Index> tap_row(plain_ ? kPlainRows : taps);
 
     for (Index j = j0, end; j < j0 + columns; j = end) {  // image by image
       const Index image = j / pixels, from = j - image * pixels;
       end = smaller(j0 + columns, (image + 1) * pixels);
-      const T* source = x_ + image * image_stride_;
-      Index skipped = 0;  // pixels that the planes leave out at their top
-      if (!plain_) {
-        const Index y0 = from / out_w_, y1 = (from + (end - j) - 1) / out_w_ + 1;
-        fill_planes(planes.get(), source + channel0 * h_ * w_, channels, y0, y1);
-        skipped = y0 * out_w_;
-        source = planes.get();
-        locate_rows(row_of_k.get(), k0, depth, channel0, y1 - y0);
-      } else {
-        for (Index k = 0; k < depth; ++k) row_of_k.get()[k] = (k0 + k) * h_ * w_;
+      const Index y0 = from / out_w_, y1 = (from + (end - j) - 1) / out_w_ + 1;
+      locate_taps(tap_row.get(), y1 - y0);
+      // Column j0 of the block would be at `origin` of a plane: the planes begin at row y0.
+      const Index origin = from - (j - j0) - (plain_ ? 0 : y0 * out_w_);
+      for (Index k = 0, count; k < depth; k += count) {  // channel by channel
+        const Index channel = (k0 + k) / taps, tap = (k0 + k) % taps;
+        const T* source = x_ + image * image_stride_ + channel * h_ * w_;
+        if (plain_) {
+          count = smaller(kPlainRows, depth - k);
+        } else {
+          count = smaller(taps - tap, depth - k);
+          fill_planes(planes.get(), source, y0, y1);  // they stay in the L1 cache until copied
+          source = planes.get();
+        }
+        copy_columns(dst + k * nr, depth, j - j0, end - j0, source + origin, tap_row.get() + tap,
+                     count);
       }
-      copy_columns(dst, depth, j - j0, end - j0, source + from - skipped - (j - j0), row_of_k.get());
     }
   }
 
  private:
-  // Rows above_ + y0 ... below_ + y1 - 1 of every class, for every channel and horizontal tap.
-  void fill_planes(T* dst, const T* src, Index channels, Index y0, Index y1) const {
-    for (Index c = 0; c < channels; ++c, src += h_ * w_) {
-      for (Index s = 0; s < horizontal_.count; ++s) {
-        // The output columns [left, right) of this tap lie inside the image.
-        const Index shift = horizontal_.shift[s], step = horizontal_.step;
-        const Index left = smaller(out_w_, shift >= 0 ? 0 : divide_up(-shift, step));
-        const Index right = larger(left, smaller(out_w_, divide_down(w_ - 1 - shift, step) + 1));
-        for (Index cls = 0; cls < classes_; ++cls) {
-          for (Index i = y0 + above_; i < y1 + below_; ++i, dst += out_w_) {
-            const Index row = i * vertical_.step + first_row_.get()[cls];
-            if (row < 0 || row >= h_) {
-              std::memset(dst, 0, static_cast<std::size_t>(out_w_) * sizeof(T));
-              continue;
-            }
-            for (Index q = 0; q < left; ++q) dst[q] = 0;
-            const T* in = src + row * w_ + shift;
-            if (step == 1) {
-              copy_run(dst + left, in + left, right - left);
-            } else {
-              for (Index q = left; q < right; ++q) dst[q] = in[q * step];
-            }
-            for (Index q = right; q < out_w_; ++q) dst[q] = 0;
+  static constexpr Index kPlainRows = 8;  // channels that are copied together if there is one tap
+
+  // Rows above_ + y0 ... below_ + y1 - 1 of one channel, for every horizontal tap and every class.
+  void fill_planes(T* dst, const T* src, Index y0, Index y1) const {
+    for (Index s = 0; s < horizontal_.count; ++s) {
+      // The output columns [left, right) of this tap lie inside the image.
+      const Index shift = horizontal_.shift[s], step = horizontal_.step;
+      const Index left = smaller(out_w_, shift >= 0 ? 0 : divide_up(-shift, step));
+      const Index right = larger(left, smaller(out_w_, divide_down(w_ - 1 - shift, step) + 1));
+      for (Index cls = 0; cls < classes_; ++cls) {
+        for (Index i = y0 + above_; i < y1 + below_; ++i, dst += out_w_) {
+          const Index row = i * vertical_.step + first_row_.get()[cls];
+          if (row < 0 || row >= h_) {
+            std::memset(dst, 0, static_cast<std::size_t>(out_w_) * sizeof(T));
+            continue;
           }
+          for (Index q = 0; q < left; ++q) dst[q] = 0;
+          const T* in = src + row * w_ + shift;
+          if (step == 1) {
+            copy_run(dst + left, in + left, right - left);
+          } else {
+            for (Index q = left; q < right; ++q) dst[q] = in[q * step];
+          }
+          for (Index q = right; q < out_w_; ++q) dst[q] = 0;
         }
       }
     }
   }
 
-  // Where in the planes row k of B begins.
-  void locate_rows(Index* row_of_k, Index k0, Index depth, Index channel0, Index rows) const {
-    const Index per_image = rows + below_ - above_;
-    const Index taps = vertical_.count * horizontal_.count;
-    for (Index k = 0; k < depth; ++k) {
-      const Index c = (k0 + k) / taps - channel0, r = (k0 + k) % taps / horizontal_.count;
-      const Index s = (k0 + k) % horizontal_.count;
-      const Index plane = (c * horizontal_.count + s) * classes_ + class_.get()[r];
-      row_of_k[k] = (plane * per_image + offset_.get()[r] - above_) * out_w_;
+  // Where in the planes of a channel each tap begins; or in the image itself, each channel.
+  void locate_taps(Index* tap_row, Index rows) const {
+    if (plain_) {
+      for (Index i = 0; i < kPlainRows; ++i) tap_row[i] = i * h_ * w_;
+      return;
+    }
+    const Index plane = (rows + below_ - above_) * out_w_;
+    for (Index r = 0; r < vertical_.count; ++r) {
+      for (Index s = 0; s < horizontal_.count; ++s) {
+        *tap_row++ =
+            (s * classes_ + class_.get()[r]) * plane + (offset_.get()[r] - above_) * out_w_;
+      }
     }
   }
 
-  // dst[micro-panel][k][column] = source[row_of_k[k] + column] for the columns from ... to - 1.
+  // `count` rows of B: dst[micro-panel][k][column] = source[tap_row[k] + column], for the columns
+  // from ... to - 1.
   static void copy_columns(T* dst, Index depth, Index from, Index to, const T* source,
-                           const Index* row_of_k) {
+                           const Index* tap_row, Index count) {
     constexpr Index nr = kTileColumns<T>;
     for (Index panel = from / nr * nr; panel < to; panel += nr) {
       const Index a = larger(from, panel) - panel, b = smaller(to, panel + nr) - panel;
       const T* in = source + panel;
       T* q = dst + panel * depth;
       if (b - a == nr) {
-        for (Index k = 0; k < depth; ++k, q += nr) {
-          const T* row = in + row_of_k[k];
+        for (Index k = 0; k < count; ++k, q += nr) {
+          const T* row = in + tap_row[k];
 #pragma GCC unroll 4
           for (int v = 0; v < kTileVectors; ++v) {
             store(q + v * kLanes<T>, load(row + v * kLanes<T>));
           }
         }
       } else {
-        for (Index k = 0; k < depth; ++k, q += nr) copy_run(q + a, in + row_of_k[k] + a, b - a);
+        for (Index k = 0; k < count; ++k, q += nr) copy_run(q + a, in + tap_row[k] + a, b - a);
       }
     }
   }
@@ -191,9 +209,13 @@ struct Weights {
   const Index* at;
   Index taps;
   void pack(T* dst, Index i0, Index rows, Index k0, Index depth) const {
-    for (Index k = 0; k < depth; ++k) {
-      const T* src = base + (k0 + k) / taps * channel + at[(k0 + k) % taps] + i0 * row;
-      for (Index i = 0; i < rows; ++i) dst[k * rows + i] = src[i * row];
+    const T* src = base + k0 / taps * channel + i0 * row;
+    for (Index k = 0, t = k0 % taps; k < depth; ++k, dst += rows) {
+      for (Index i = 0; i < rows; ++i) dst[i] = src[at[t] + i * row];
+      if (++t == taps) {
+        t = 0;
+        src += channel;
+      }
     }
   }
 };
@@ -229,8 +251,8 @@ void conv2d(const Conv2d& p, const T* x, const T* w, T* y) {
     const Im2col<T> image(x + group * c * p.h * p.w, p.c * p.h * p.w, p.h, p.w, p.oh, p.ow,
                           {down.get(), p.kh, p.stride_h}, {right.get(), p.kw, p.stride_w});
     const Weights<T> weights{w + group * o * c * taps, c * taps, taps, at.get(), taps};
-    const Pixels<T> out{y + group * o * p.oh * p.ow, p.o * p.oh * p.ow, p.oh * p.ow, p.oh, p.ow,
-                        p.ow, 1, 1};
+    const Pixels<T> out{
+        y + group * o * p.oh * p.ow, p.o * p.oh * p.ow, p.oh * p.ow, p.oh, p.ow, p.ow, 1, 1};
     gemm<T>(o, p.n * p.oh * p.ow, c * taps, taps, weights, image, out);
   }
 }
@@ -257,11 +279,11 @@ void conv2d_input(const Conv2d& p, const T* g, const T* w, T* gx) {
   };
   const Index phases_h = smaller(p.stride_h, p.h), phases_w = smaller(p.stride_w, p.w);
   for (Index phase_h = 0; phase_h < phases_h; ++phase_h) {
-    const Index kh = taps_of_phase(phase_h, p.pad_h, p.dilation_h, p.stride_h, p.kh, rows.get(),
-                                   up.get());
+    const Index kh =
+        taps_of_phase(phase_h, p.pad_h, p.dilation_h, p.stride_h, p.kh, rows.get(), up.get());
     for (Index phase_w = 0; phase_w < phases_w; ++phase_w) {
-      const Index kw = taps_of_phase(phase_w, p.pad_w, p.dilation_w, p.stride_w, p.kw, cols.get(),
-                                     left.get());
+      const Index kw =
+          taps_of_phase(phase_w, p.pad_w, p.dilation_w, p.stride_w, p.kw, cols.get(), left.get());
       const Index qh = divide_up(p.h - phase_h, p.stride_h);
       const Index qw = divide_up(p.w - phase_w, p.stride_w), taps = kh * kw;
       for (Index t = 0; t < taps; ++t) {
@@ -282,8 +304,14 @@ void conv2d_input(const Conv2d& p, const T* g, const T* w, T* gx) {
                               {up.get(), kh, 1}, {left.get(), kw, 1});
         const Weights<T> weights{w + group * o * c * p.kh * p.kw, p.kh * p.kw, c * p.kh * p.kw,
                                  at.get(), taps};
-        const Pixels<T> out{first + group * c * p.h * p.w, p.c * p.h * p.w, p.h * p.w, qh, qw, p.w,
-                            p.stride_h, p.stride_w};
+        const Pixels<T> out{first + group * c * p.h * p.w,
+                            p.c * p.h * p.w,
+                            p.h * p.w,
+                            qh,
+                            qw,
+                            p.w,
+                            p.stride_h,
+                            p.stride_w};
         gemm<T>(c, p.n * qh * qw, o * taps, taps, weights, image, out);
       }
     }

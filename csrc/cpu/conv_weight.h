@@ -148,8 +148,12 @@ void conv2d_weight_of_group(const Conv2d& p, Index c, Index o, const T* g, const
     for (Index u = chunk.begin(this_chunk); u < chunk.begin(this_chunk) + chunk.size(this_chunk);
          ++u) {
       const Index image0 = u / units_an_image * images, y0 = u % units_an_image * rows;
-      Walk walk{smaller(images, p.n - image0), smaller(rows, p.oh - y0), p.ow,
-                x_image, p.stride_h * p.w, p.stride_w};
+      Walk walk{smaller(images, p.n - image0),
+                smaller(rows, p.oh - y0),
+                p.ow,
+                x_image,
+                p.stride_h * p.w,
+                p.stride_w};
       const Index unit_pixels = walk.rows * walk.columns, all_pixels = walk.images * unit_pixels;
 
       // g turned: [panel of o][pixel][nr]
@@ -182,8 +186,7 @@ void conv2d_weight_of_group(const Conv2d& p, Index c, Index o, const T* g, const
       }
       for (Index k = 0; k < cn * taps; ++k) {
         const Index r = k % taps / p.kw, s = k % p.kw;
-        left.get()[k] =
-            source + k / taps * channel + r * p.dilation_h * line + s * p.dilation_w;
+        left.get()[k] = source + k / taps * channel + r * p.dilation_h * line + s * p.dilation_w;
       }
 
       for (Index j = 0; j < on; j += nr) {
@@ -209,8 +212,7 @@ void conv2d_weight_of_group(const Conv2d& p, Index c, Index o, const T* g, const
     if (j >= on || count <= 0) return;
     alignas(64) T total[kSlice * nr];
     for (Index i = 0; i < chunk.parts; ++i) {
-      const T* part =
-          partial.get() + (i * blocks + block) * block_size + j * cn * taps + row * nr;
+      const T* part = partial.get() + (i * blocks + block) * block_size + j * cn * taps + row * nr;
       for (Index e = 0; e < count * nr; ++e) total[e] = i == 0 ? part[e] : total[e] + part[e];
     }
     transpose(gw + (o0 + j) * c * taps + c0 * taps + row, c * taps, total, nr, count,

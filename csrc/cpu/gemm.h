@@ -30,7 +30,7 @@
 
 namespace minidl::MINIDL_ISA {
 
-constexpr Index kDepth = 256;
+constexpr Index kDepth = 320;
 constexpr Index kBlockRows = 96;
 constexpr Index kBlockColumns = 480;
 
@@ -104,10 +104,11 @@ constexpr TileTable<T> tile_table{};
 // `total` things in ceil(total / most) parts, as equal as can be: 32 rows become 6 6 5 5 5 5, not
 // 6 6 6 6 6 2, for a tile of two rows leaves the multipliers idle.
 struct EvenParts {
-  Index total, parts;
-  EvenParts(Index total_, Index most) : total(total_), parts(divide_up(total_, most)) {}
-  Index begin(Index i) const { return i * (total / parts) + smaller(i, total % parts); }
-  Index size(Index i) const { return total / parts + (i < total % parts ? 1 : 0); }
+  Index parts, least, longer;  // the first `longer` parts have one more than `least`
+  EvenParts(Index total, Index most)
+      : parts(divide_up(total, most)), least(total / parts), longer(total % parts) {}
+  Index begin(Index i) const { return i * least + smaller(i, longer); }
+  Index size(Index i) const { return least + (i < longer ? 1 : 0); }
 };
 
 // How far a sum goes before it is added to C: about kDepth, a multiple of `unit` where that is
@@ -124,7 +125,7 @@ void gemm(Index m, Index n, Index k, Index unit, const Left& left, const Right& 
   const Index depth = depth_of_block(k, unit), depths = divide_up(k, depth);
   const EvenParts panels(m, kTileRows);
 
-  // All of A is packed once and shared: panel i of depth-block d begins at d*depth*m + i0*its depth.
+  // All of A is packed once, and shared by the threads: for each block of depths, all the panels.
   const Scratch<T> packed_left(m * k);
   const auto left_panel = [&](Index d, Index i) {
     return packed_left.get() + d * depth * m + panels.begin(i) * smaller(depth, k - d * depth);
@@ -146,9 +147,7 @@ void gemm(Index m, Index n, Index k, Index unit, const Left& left, const Right& 
   const Index width =
       smaller(kBlockColumns / nr * nr, larger(round_up(divide_up(n, 4 * threads), nr), 4 * nr));
   const Index column_jobs = divide_up(n, width);
-  const Index row_jobs = column_jobs >= 2 * threads
-                             ? 1
-                             : smaller(divide_up(panels.parts, 2), divide_up(2 * threads, column_jobs));
+  const Index row_jobs = smaller(divide_up(2 * threads, column_jobs), divide_up(panels.parts, 2));
   const EvenParts row_parts(panels.parts, divide_up(panels.parts, row_jobs));
 
   parallel_for(column_jobs * row_parts.parts, [&](Index job) {
@@ -168,22 +167,25 @@ void gemm(Index m, Index n, Index k, Index unit, const Left& left, const Right& 
           const Index vectors = divide_up(width_here, kLanes<T>);
           const Index tail = width_here - (vectors - 1) * kLanes<T>;
           const T* b = packed_right.get() + j * kn;
+          T* column[kTileColumns<T>];
           const bool direct = out.contiguous(j0 + j, width_here);
+          for (Index t = 0; t < (direct ? 1 : width_here); ++t) column[t] = out.column(j0 + j + t);
           for (Index i = block; i < block_end; ++i) {
             const Index rows = panels.size(i), row0 = panels.begin(i) * out.row_stride;
             const auto kernel = tile_table<T>.kernel[rows - 1][vectors - 1];
             if (direct) {
-              kernel(kn, left_panel(d, i), b, out.column(j0 + j) + row0, out.row_stride, tail,
-                     d > 0);
+              kernel(kn, left_panel(d, i), b, column[0] + row0, out.row_stride, tail, d > 0);
               continue;
             }
             // The columns lie apart (two images, or every second pixel): by way of a small tile.
             kernel(kn, left_panel(d, i), b, corner, nr, tail, false);
-            for (Index t = 0; t < width_here; ++t) {
-              T* c = out.column(j0 + j + t) + row0;
-              for (Index r = 0; r < rows; ++r) {
-                T& element = c[r * out.row_stride];
-                element = d > 0 ? element + corner[r * nr + t] : corner[r * nr + t];
+            for (Index r = 0; r < rows; ++r) {
+              const Index row = row0 + r * out.row_stride;
+              const T* from = corner + r * nr;
+              if (d == 0) {
+                for (Index t = 0; t < width_here; ++t) column[t][row] = from[t];
+              } else {
+                for (Index t = 0; t < width_here; ++t) column[t][row] += from[t];
               }
             }
           }

@@ -153,8 +153,8 @@ py::array conv2d(const py::array& x, const py::array& w, Pair stride, Pair paddi
   complete(op, p, {stride, padding, dilation, groups});
   if (w.shape(1) * groups != p.c) {
     bad_value(std::string(op) + ": x has " + std::to_string(p.c) + " channels, w expects " +
-              std::to_string(w.shape(1)) + " in each of " + std::to_string(groups) +
-              " groups (x " + shape_of(x) + ", w " + shape_of(w) + ")");
+              std::to_string(w.shape(1)) + " in each of " + std::to_string(groups) + " groups (x " +
+              shape_of(x) + ", w " + shape_of(w) + ")");
   }
   return with_type(op, "x", x, "w", w, [&](auto zero) -> py::array {
     using T = decltype(zero);

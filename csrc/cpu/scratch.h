@@ -11,18 +11,18 @@
 
 namespace minidl {
 
-void* take_scratch(std::size_t bytes);           // throws std::bad_alloc
+void* take_scratch(std::size_t bytes);  // throws std::bad_alloc
 void give_back_scratch(void* memory) noexcept;
 
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(Index count)
+  MINIDL_INLINE explicit Scratch(Index count)
       : data_(static_cast<T*>(take_scratch(static_cast<std::size_t>(count) * sizeof(T)))) {}
-  ~Scratch() { give_back_scratch(data_); }
+  MINIDL_INLINE ~Scratch() { give_back_scratch(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
+  MINIDL_INLINE T* get() const { return data_; }
 
  private:
   T* data_;

@@ -10,8 +10,6 @@
 
 #include "types.h"
 
-#define MINIDL_INLINE inline __attribute__((always_inline))
-
 namespace minidl::MINIDL_ISA {
 
 // The micro-kernel keeps a tile of kTileRows x (kTileVectors vectors) of the result in registers:
@@ -57,8 +55,8 @@ MINIDL_INLINE void store(T* p, Vec<T> v) {
 
 MINIDL_INLINE Index smaller(Index a, Index b) { return a < b ? a : b; }
 MINIDL_INLINE Index larger(Index a, Index b) { return a > b ? a : b; }
-MINIDL_INLINE Index divide_up(Index a, Index b) { return (a + b - 1) / b; }    // a >= 0
-MINIDL_INLINE Index divide_down(Index a, Index b) {                            // also for a < 0
+MINIDL_INLINE Index divide_up(Index a, Index b) { return (a + b - 1) / b; }  // a >= 0
+MINIDL_INLINE Index divide_down(Index a, Index b) {                          // also for a < 0
   return a >= 0 ? a / b : -((-a + b - 1) / b);
 }
 MINIDL_INLINE Index round_up(Index a, Index b) { return divide_up(a, b) * b; }

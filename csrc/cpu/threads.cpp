@@ -119,7 +119,8 @@ class Pool {
       }
       if (!news(state, seen)) {
         std::unique_lock<std::mutex> lock(sleep_);
-        wake_.wait(lock, [&] { return news(state = state_.load(std::memory_order_acquire), seen); });
+        wake_.wait(lock,
+                   [&] { return news(state = state_.load(std::memory_order_acquire), seen); });
       }
       if (stop_) return;
       while ((state & kOpen) && !state_.compare_exchange_weak(state, state + 1)) {

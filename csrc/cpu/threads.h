@@ -18,8 +18,7 @@ void run_parallel(Index n, void (*call)(void* object, Index i), void* object);
 template <class F>
 void parallel_for(Index n, const F& f) {
   run_parallel(
-      n, [](void* object, Index i) { (*static_cast<const F*>(object))(i); },
-      const_cast<F*>(&f));
+      n, [](void* object, Index i) { (*static_cast<const F*>(object))(i); }, const_cast<F*>(&f));
 }
 
 }  // namespace minidl

@@ -1,11 +1,14 @@
 // The words that the kernels and the Python module share: sizes, shapes, and the table of kernels.
 //
 // Everything here is plain data. The header is included by files that are compiled for different
-// instruction sets, and an inline function that exists in several of them would be merged by the
-// linker into one of them, perhaps one that this processor cannot run.
+// instruction sets, and of an inline function that exists in several of them the linker keeps one
+// copy, perhaps one that this processor cannot run.
 #pragma once
 
 #include <cstdint>
+
+// For the few functions that files of several instruction sets share: never a copy of their own.
+#define MINIDL_INLINE inline __attribute__((always_inline))
 
 namespace minidl {
 
