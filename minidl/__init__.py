@@ -4,10 +4,10 @@
     from minidl import nn, optim
     import minidl.nn.functional as F
 
-Names, signatures and defaults are PyTorch's.
+Names, signatures and defaults are PyTorch's. Submodules are imported when they are first used.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from minidl import autograd, ops
 from minidl.autograd import (
@@ -19,6 +19,7 @@ from minidl.autograd import (
     no_grad,
     set_grad_enabled,
 )
+from minidl.backend import device
 from minidl.backend.random import manual_seed
 from minidl.creation import (
     arange,
@@ -64,6 +65,12 @@ from minidl.tensor import (
     tensor,
     uint8,
 )
+
+if TYPE_CHECKING:
+    from minidl import cuda, data, models, nn, optim, utils
+    from minidl.serialization import load, save
+
+    __version__: str
 
 # The methods as functions: minidl.exp(x) is x.exp(), minidl.flatten(x, 1) is x.flatten(1).
 abs = Tensor.abs
@@ -162,3 +169,186 @@ var = Tensor.var
 
 half, float, double = float16, float32, float64
 short, int, long, bool = int16, int32, int64, bool_
+
+__all__ = [
+    "Tensor",
+    "__version__",
+    "abs",
+    "add",
+    "all",
+    "allclose",
+    "amax",
+    "amin",
+    "any",
+    "arange",
+    "argmax",
+    "argmin",
+    "argsort",
+    "as_tensor",
+    "autograd",
+    "bmm",
+    "bool",
+    "bool_",
+    "cat",
+    "ceil",
+    "checkpoint",
+    "chunk",
+    "clamp",
+    "clip",
+    "clone",
+    "cos",
+    "cuda",
+    "cumsum",
+    "data",
+    "device",
+    "div",
+    "dot",
+    "double",
+    "draw",
+    "einsum",
+    "empty",
+    "empty_like",
+    "enable_grad",
+    "eq",
+    "equal",
+    "erf",
+    "exp",
+    "eye",
+    "flatten",
+    "flip",
+    "float",
+    "float16",
+    "float32",
+    "float64",
+    "floor",
+    "from_numpy",
+    "full",
+    "full_like",
+    "gather",
+    "ge",
+    "get_rng_state",
+    "grad",
+    "gradcheck",
+    "gt",
+    "half",
+    "index_select",
+    "initial_seed",
+    "int",
+    "int16",
+    "int32",
+    "int64",
+    "int8",
+    "is_grad_enabled",
+    "is_tensor",
+    "isfinite",
+    "isinf",
+    "isnan",
+    "kernels",
+    "le",
+    "linspace",
+    "load",
+    "log",
+    "log1p",
+    "log_softmax",
+    "logical_and",
+    "logical_not",
+    "logical_or",
+    "logical_xor",
+    "logsumexp",
+    "long",
+    "lt",
+    "manual_seed",
+    "masked_fill",
+    "masked_select",
+    "matmul",
+    "max",
+    "maximum",
+    "mean",
+    "min",
+    "minimum",
+    "mm",
+    "models",
+    "mul",
+    "mv",
+    "narrow",
+    "ne",
+    "neg",
+    "nn",
+    "no_grad",
+    "nonzero",
+    "norm",
+    "ones",
+    "ones_like",
+    "ops",
+    "optim",
+    "outer",
+    "permute",
+    "pow",
+    "prod",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "randperm",
+    "reciprocal",
+    "record_source",
+    "relu",
+    "reshape",
+    "roll",
+    "round",
+    "rsqrt",
+    "save",
+    "set_grad_enabled",
+    "set_rng_state",
+    "short",
+    "sigmoid",
+    "sign",
+    "sin",
+    "softmax",
+    "sort",
+    "source",
+    "split",
+    "sqrt",
+    "square",
+    "squeeze",
+    "stack",
+    "std",
+    "sub",
+    "sum",
+    "swapaxes",
+    "t",
+    "take_along_dim",
+    "tanh",
+    "tensor",
+    "topk",
+    "transpose",
+    "tril",
+    "triu",
+    "uint8",
+    "unbind",
+    "unsqueeze",
+    "use",
+    "utils",
+    "var",
+    "where",
+    "zeros",
+    "zeros_like",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module, util
+
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("minidl")
+    elif name in ("load", "save"):
+        value = getattr(import_module("minidl.serialization"), name)
+    elif not name.startswith("_") and util.find_spec(f"minidl.{name}"):
+        return import_module(f"minidl.{name}")
+    else:
+        raise AttributeError(f"module 'minidl' has no attribute {name!r}")
+    globals()[name] = value
+    return value

@@ -92,6 +92,13 @@ class set_grad_enabled:
 class _Switch(ContextDecorator):
     enabled: bool
 
+    def __new__(cls, function: Any = None) -> Any:
+        switch = super().__new__(cls)
+        if function is None:
+            return switch
+        switch.__init__()  # type: ignore[misc]
+        return switch(function)  # @no_grad, without ()
+
     def __init__(self) -> None:
         self.before: list[bool] = []
 
@@ -236,6 +243,8 @@ def walk(
             )
         edge = output.node or output
         g = first_gradient(output, gradient, create_graph)
+        if output.node is None:  # it will be the leaf's `.grad`
+            g = copy(g)
         total[edge] = total[edge] + g if edge in total else g
 
     nodes, pending = explore(total)
@@ -260,6 +269,8 @@ def walk(
                 continue
 
             edges = at.edges
+            if targets is not None and pending.keys().isdisjoint(edges):
+                continue  # a target, and nothing of interest behind it
             if g is None:
                 arrived: Any = [None] * len(edges)
             elif create_graph:
@@ -304,8 +315,12 @@ def first_gradient(output: Tensor, gradient: Any, create_graph: bool) -> Any:
         gradient = array_module(output.array).ones_like(output.array)
     if isinstance(gradient, Tensor) and not create_graph:
         gradient = gradient.array
+    if not hasattr(gradient, "shape"):
+        raise TypeError(f"a gradient is a Tensor or an array, got {type(gradient).__name__}")
     if gradient.shape != output.shape:
         raise RuntimeError(f"the tensor has shape {output.shape}, its gradient {gradient.shape}")
+    if gradient.dtype != output.dtype:
+        gradient = gradient.astype(output.dtype)
     return Tensor(gradient) if create_graph and not isinstance(gradient, Tensor) else gradient
 
 
@@ -427,18 +442,10 @@ class Segment:
         self.function, self.args = function, args
         self.calls = random.default_generator.state_dict()
         self.saved: list[Any] | None = None
-        start = tick()
+        self.start = tick()
         self.output = function(*args)
-        nodes = self.nodes(self.output, start)
-        self.ops = [node.op.name for node in nodes]
-        self.output_nodes = nodes
-
-    def nodes(self, output: Any, start: int) -> list[Node]:
-        outputs = output if isinstance(output, tuple | list) else [output]
-        roots = {t.node: None for t in outputs if isinstance(t, Tensor) and t.node is not None}
-        return sorted(
-            (n for n in explore(roots)[0] if n.number > start), key=attrgetter("number")
-        )
+        self.output_nodes = nodes_since(self.start, self.output)
+        self.ops = [node.op for node in self.output_nodes]
 
     def recompute(self) -> list[Any]:
         """Run the function again, with the same random numbers; what its nodes saved, in order."""
@@ -449,16 +456,35 @@ class Segment:
             start = tick()
             try:
                 with enable_grad():
-                    nodes = self.nodes(self.function(*self.args), start)
+                    nodes = nodes_since(start, self.function(*self.args))
             finally:
                 generator.load_state_dict(now)
-            if [node.op.name for node in nodes] != self.ops:
+            if [node.op for node in nodes] != self.ops:
                 raise RuntimeError(
                     "checkpoint: the function did other ops when it ran again: it must depend on "
                     "its arguments only"
                 )
+            for leaf in {edge for node in nodes for edge in node.edges if type(edge) is not Node}:
+                if leaf is not None and writes.get(owner(leaf.array), 0) > self.start:
+                    raise RuntimeError(
+                        f"checkpoint: a leaf of shape {leaf.shape} was changed in place after the "
+                        "function ran with it: call backward() before you change it"
+                    )
             self.saved = [node.saved for node in nodes]
         return self.saved
+
+
+def nodes_since(start: int, output: Any) -> list[Node]:
+    """The nodes behind an output (a Tensor, or several) that are younger than a number, in order."""
+    outputs = output if isinstance(output, tuple | list) else [output]
+    edges: list[Any] = [t.node for t in outputs if isinstance(t, Tensor)]
+    found: dict[Node, None] = {}
+    while edges:
+        edge = edges.pop()
+        if type(edge) is Node and edge.number > start and edge not in found:
+            found[edge] = None
+            edges.extend(edge.edges)
+    return sorted(found, key=attrgetter("number"))
 
 
 def checkpoint(function: Callable[..., T], *args: Any) -> T:

@@ -141,7 +141,12 @@ class Op:
             if isinstance(edge, Node):
                 value = Tensor.on_tape(value, edge)
             elif edge is not None:
-                value = edge  # a leaf
+                if edge.array is not value:
+                    raise RuntimeError(
+                        f"a leaf of shape {edge.shape} got another array (x.data = ...) after "
+                        f"{self.name!r} used it: the gradient of a gradient needs the first one"
+                    )
+                value = edge
             arguments.append(value)
         return arguments
 

@@ -117,9 +117,9 @@ class Tensor(Methods):
         return self.array.dtype
 
     @property
-    def device(self) -> str:
-        """ "cpu", "cuda:0", ..."""
-        return backend.device_name(self.array)
+    def device(self) -> backend.device:
+        """ "cpu", "cuda:0", ...: a str."""
+        return backend.device(backend.device_name(self.array))
 
     @property
     def is_cuda(self) -> bool:
@@ -303,7 +303,7 @@ class Tensor(Methods):
 
             def keep(g: Tensor) -> None:
                 if (tensor := this()) is not None:
-                    tensor.grad = g if tensor.grad is None else tensor.grad + g
+                    tensor.grad = g.clone() if tensor.grad is None else tensor.grad + g
 
             self.register_hook(keep)
 
@@ -352,15 +352,15 @@ class Tensor(Methods):
         for a in args:
             if isinstance(a, Tensor):
                 device, dtype = a.device, a.dtype
-            elif isinstance(a, str) and a.split(":")[0] in ("cpu", "cuda"):
+            elif isinstance(a, str):
                 device = a
             elif a is not None and not isinstance(a, bool):
                 dtype = a
         x: Tensor = self
         if dtype is not None and np.dtype(dtype) != x.dtype:
             x = x.astype(dtype)
-        if device is not None and device != x.device:
-            x = x.to_device(device=str(device))
+        if device is not None and backend.parse_device(device) != backend.parse_device(x.device):
+            x = x.to_device(str(device))
         return x
 
     def cpu(self) -> Tensor:

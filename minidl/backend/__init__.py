@@ -46,6 +46,27 @@ def parse_device(device: str) -> tuple[str, int]:
     raise ValueError(f"device {device!r}: expected 'cpu', 'cuda' or 'cuda:N'")
 
 
+class device(str):
+    """A device's name, with its parts: PyTorch's ``torch.device("cuda:1")``.
+
+    Attributes:
+        type: "cpu" or "cuda".
+        index: which one, or None if the name does not say.
+
+    Raises:
+        ValueError: not "cpu", "cuda" or "cuda:N".
+    """
+
+    type: str
+    index: int | None
+
+    def __new__(cls, name: str, index: int | None = None) -> device:
+        self = super().__new__(cls, name if index is None else f"{name}:{index}")
+        self.type, number = parse_device(self)
+        self.index = number if ":" in self else None
+        return self
+
+
 def device_type(array: Any) -> str:
     """ "cpu" or "cuda"."""
     return "cpu" if isinstance(array, np.ndarray | np.generic) else "cuda"
