@@ -610,7 +610,7 @@ class Dying(Numbers):
     ("how", "says"),
     [
         (signal.SIGKILL, r"worker 0 \(pid \d+\) was killed by SIGKILL \(out of memory\?\)"),
-        (signal.SIGTERM, "was killed by SIGTERM"),
+        (signal.SIGUSR1, "was killed by SIGUSR1"),
         ("exit", "ended with exit code 3"),
     ],
 )
@@ -765,6 +765,27 @@ if __name__ == "__main__":
     for batch in DataLoader(Numbers(), 2, num_workers=2, prefetch_factor=4):
         print(*[p.pid for p in multiprocessing.active_children()], flush=True)
 """
+
+
+def test_sigterm_to_all_is_the_parents_business(tmp_path):
+    """A scheduler tells the whole group; the parent may finish its step and save."""
+    script = SCRIPT.replace("import multiprocessing,", "import multiprocessing, signal,").replace(
+        'if __name__ == "__main__":',
+        "caught = []\nsignal.signal(signal.SIGTERM, lambda *a: caught.append(1))\n"
+        'if __name__ == "__main__":',
+    )
+    script += "        if len(caught) > 5: sys.exit('finished')\n        caught += caught[:1]\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert errors == "finished\n" and all(gone(pid) for pid in workers)
 
 
 def gone(pid):

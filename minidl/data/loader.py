@@ -77,10 +77,11 @@ class DataLoader:
         generator: rng.Generator | None = None,
         *,
         seed: int | None = None,
-        prefetch_factor: int = 2,
+        prefetch_factor: int | None = 2,
         persistent_workers: bool = False,
         prefetch_thread: bool = False,
     ) -> None:
+        prefetch_factor = 2 if prefetch_factor is None else prefetch_factor
         if num_workers < 0 or prefetch_factor < 1 or timeout < 0:
             raise ValueError(
                 "num_workers and timeout are at least 0 and prefetch_factor at least 1, got "

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any, NoReturn
 
 import numpy as np
@@ -107,7 +108,10 @@ def work(id: int, connection: Connection, job: Work) -> None:
     """A worker's life: ("epoch", seed, epoch) and ("batch", indices) come in, batches go out."""
     for end in list(_parent_ends):
         end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business: it stops us
+    # Ctrl-C and a scheduler's SIGTERM go to all processes at once, but are the parent's business:
+    # it may want to finish its step, and it ends us by closing the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     # A thread empties the pipe, so that the parent never waits for us to read a request while we
     # wait for it to read an answer.
@@ -200,8 +204,10 @@ class WorkerPool:
         self.connections: list[Connection] = []
         self.unread = [0] * job.num_workers  # requests whose answer was not read
         self.run_id = 0
-        self._finalizer = weakref.finalize(
-            self, _stop, os.getpid(), self.processes, self.connections
+        # Unlike weakref.finalize, this one comes before `multiprocessing` joins its children at
+        # exit, and does nothing in a forked copy of this process.
+        self._finalizer = Finalize(
+            self, _stop, args=(self.processes, self.connections), exitpriority=10
         )
         try:
             for id in range(job.num_workers):
@@ -220,7 +226,7 @@ class WorkerPool:
 
     @property
     def closed(self) -> bool:
-        return not self._finalizer.alive
+        return not self._finalizer.still_active()
 
     def close(self) -> None:
         """Stop the processes; also done when the pool is garbage, and at exit."""
@@ -309,21 +315,15 @@ class WorkerPool:
         ) from None
 
 
-def _stop(owner: int, processes: list[Any], connections: list[Connection]) -> None:
-    """Close the pipes, on which workers end by themselves; help those that do not."""
-    if os.getpid() != owner:  # a forked copy of the pool: these are not our children
-        return
+def _stop(processes: list[Any], connections: list[Connection]) -> None:
+    """Close the pipes, on which the workers end; kill those that do not within a second."""
     for connection in connections:
         connection.close()
-    for help in ("", "terminate", "kill"):
-        deadline = time.monotonic() + 1
-        alive = [p for p in processes if p.is_alive()]
-        for process in alive:
-            if help:
-                getattr(process, help)()
-        for process in alive:
-            process.join(max(0.0, deadline - time.monotonic()))
+    deadline = time.monotonic() + 1
     for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()
         process.join()
         process.close()
     processes.clear()
