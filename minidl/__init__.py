@@ -48,9 +48,9 @@ from minidl.creation import (
 from minidl.explain import record_source, source
 from minidl.graph import draw
 from minidl.op import kernels, use
+from minidl.ops.elementwise import where
 from minidl.ops.linalg import einsum
 from minidl.ops.methods import cat, stack
-from minidl.ops.elementwise import where
 from minidl.tensor import (
     Tensor,
     bool_,
@@ -234,10 +234,10 @@ __all__ = [
     "index_select",
     "initial_seed",
     "int",
+    "int8",
     "int16",
     "int32",
     "int64",
-    "int8",
     "is_grad_enabled",
     "is_tensor",
     "isfinite",

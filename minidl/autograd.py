@@ -475,7 +475,7 @@ class Segment:
 
 
 def nodes_since(start: int, output: Any) -> list[Node]:
-    """The nodes behind an output (a Tensor, or several) that are younger than a number, in order."""
+    """The nodes behind an output (a Tensor, or several) younger than a number, in order."""
     outputs = output if isinstance(output, tuple | list) else [output]
     edges: list[Any] = [t.node for t in outputs if isinstance(t, Tensor)]
     found: dict[Node, None] = {}

@@ -47,8 +47,9 @@ def empty(
 
 
 def full(
-    size: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
-) -> Tensor:
+    size: Any, fill_value: Any, *, dtype: Any = None, device: Any = None,
+    requires_grad: bool = False,
+) -> Tensor:  # fmt: skip
     """All of one value; its kind (bool, int, float) gives the dtype."""
     if dtype is None:
         dtype = bool if isinstance(fill_value, bool) else type(fill_value)

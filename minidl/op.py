@@ -14,8 +14,9 @@ thing on the arrays inside and, where a gradient is wanted, leaves a `Node` on t
 The rule is written once and runs in two ways: on bare arrays during an ordinary backward pass,
 and on Tensors under ``create_graph=True``, where it is recorded and can itself be differentiated.
 It sees only what its signature names: ``g`` (the gradient of the output), ``out``, the formula's
-inputs (or only their ``x_shape``, ``x_dtype``, ``x_device``) and all of its keyword arguments. What it does not
-name, the tape does not keep: ``add`` needs only ``g``, so no array stays alive for its sake.
+inputs (or only their ``x_shape``, ``x_dtype``, ``x_device``) and all of its keyword arguments.
+What it does not name, the tape does not keep: ``add`` needs only ``g``, so no array stays alive
+for its sake.
 
 A rule returns one entry per input: an array, ``None`` (no gradient), or a thunk that is called
 only if that input wants its gradient. A rule of one input is only called if its gradient is
@@ -100,7 +101,7 @@ class Op:
     constant: bool
     defaults: dict[str, Any]
     rule: Formula | None = None
-    sources: list[int | None] | None = None  # positions of what the tape keeps; None: see `gradient`
+    sources: list[int | None] | None = None  # what the tape keeps, by position; None: all inputs
     draw_samples: Callable[[np.random.Generator], Iterator[Sample]] | None = None
     kernels: list[Kernel] = field(default_factory=list)  # the last one is preferred
     chosen: dict[str, str] = field(default_factory=dict)  # device -> name, set by `use`
@@ -290,15 +291,16 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
                 this.sources.append(OUT)
                 picks.append(lambda out, arrays: out)
             elif wanted in inputs_:
-                this.sources.append(inputs_.index(wanted))
-                picks.append(lambda out, arrays, i=inputs_.index(wanted): arrays[i])
+                i = inputs_.index(wanted)
+                this.sources.append(i)
+                picks.append(lambda out, arrays, i=i: arrays[i])  # type: ignore[misc]
             elif wanted == "xs_shape":
                 this.sources.append(None)
                 picks.append(lambda out, arrays: [a.shape for a in arrays])
             elif (part := wanted.rpartition("_"))[2] in FACTS and part[0] in inputs_:
                 this.sources.append(None)
                 fact, i = FACTS[part[2]], inputs_.index(part[0])
-                picks.append(lambda out, arrays, fact=fact, i=i: fact(arrays[i]))
+                picks.append(lambda out, arrays, f=fact, i=i: f(arrays[i]))  # type: ignore[misc]
             else:
                 raise TypeError(
                     f"the gradient rule of {name!r} names {wanted!r}: expected 'out', one of "
@@ -366,7 +368,8 @@ class use:
     def __init__(self, name: str, implementation: str | None) -> None:
         if name not in registry:
             close = difflib.get_close_matches(name, registry)
-            raise ValueError(f"no op is called {name!r}" + (f"; did you mean {close}?" * bool(close)))
+            hint = f"; did you mean {close}?" if close else ""
+            raise ValueError(f"no op is called {name!r}{hint}")
         self.op = registry[name].op
         self.before = dict(self.op.chosen)
         named = [k for k in self.op.kernels if k.name == implementation]

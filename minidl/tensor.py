@@ -18,8 +18,8 @@ else:
     Methods = object  # its functions are attached by minidl.ops, which builds on this file
 
 float16, float32, float64 = np.dtype("float16"), np.dtype("float32"), np.dtype("float64")
-int8, int16, int32, int64 = np.dtype("int8"), np.dtype("int16"), np.dtype("int32"), np.dtype("int64")
-uint8, bool_ = np.dtype("uint8"), np.dtype("bool")
+int8, int16, int32 = np.dtype("int8"), np.dtype("int16"), np.dtype("int32")
+int64, uint8, bool_ = np.dtype("int64"), np.dtype("uint8"), np.dtype("bool")
 
 
 class Tensor(Methods):

@@ -58,7 +58,7 @@ class device(str):
     """
 
     type: str
-    index: int | None
+    index: int | None  # type: ignore[assignment]  # PyTorch's name; hides str.index
 
     def __new__(cls, name: str, index: int | None = None) -> device:
         self = super().__new__(cls, name if index is None else f"{name}:{index}")

@@ -7,6 +7,7 @@ derivative 0 wherever it has one (`sign`, `floor`, comparisons) is a constant to
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -186,7 +187,7 @@ def _(g, out):
 
 @op
 def softplus(x):
-    """log(1 + exp(x)), written so that exp never overflows. What BCE and log-sigmoid are made of."""
+    """log(1 + exp(x)), written so that exp never overflows; -softplus(-x) is log σ(x)."""
     return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
 
 
@@ -221,7 +222,7 @@ def _(g, x):
 
 @erf.kernel("rational", dtypes=("float32",))
 def _(x):
-    """x P(x²) / Q(x²), to float32's precision; beyond ±4, erf is ±1 there. (Eigen's coefficients.)"""
+    """x P(x²) / Q(x²); beyond ±4, erf is ±1 in float32. (The coefficients are Eigen's.)"""
     x = np.clip(x, -4, 4)
     return x * np.polyval(ERF_P, x * x) / np.polyval(ERF_Q, x * x)
 
@@ -245,7 +246,7 @@ ERF_Q = [np.float32(c) for c in (
 # fmt: on
 
 
-def gelu(x, approximate="none"):
+def gelu(x: Any, approximate: str = "none") -> Any:
     """x Φ(x) (Hendrycks & Gimpel 2016), or its tanh approximation."""
     if approximate == "tanh":
         return x * (tanh((x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)) + 1) * 0.5

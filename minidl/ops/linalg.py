@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import string
+from typing import Any
+
 import numpy as np
 
 from minidl.op import op, sample
@@ -78,13 +81,15 @@ def _(g, *xs, equation):
     return [lambda i=i: to(i) for i in range(len(xs))]
 
 
-def einsum(equation, *xs):
+def einsum(equation: str, *operands: Any) -> Any:
     """``einsum("bij,bjk->bik", x, y)``, with all of NumPy's notation.
 
     Raises:
         ValueError: the equation does not fit the inputs.
     """
-    xs = list(xs[0]) if len(xs) == 1 and isinstance(xs[0], list | tuple) else list(xs)
+    xs = list(operands)
+    if len(xs) == 1 and isinstance(xs[0], list | tuple):
+        xs = list(xs[0])
     left, arrow, result = equation.replace(" ", "").partition("->")
     letters = left.split(",")
     if len(letters) != len(xs):
@@ -94,7 +99,7 @@ def einsum(equation, *xs):
         result += "".join(c for c in sorted(set(left) - set(",.")) if left.count(c) == 1)
 
     # Spell "..." out in letters that are not used, counted from the right.
-    unused = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" if c not in equation]
+    unused = [c for c in string.ascii_letters if c not in equation]
     longest = 0
     for i, (names, x) in enumerate(zip(letters, xs, strict=True)):
         n = x.ndim - len(names.replace("...", "")) if "..." in names else 0

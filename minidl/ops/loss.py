@@ -6,6 +6,8 @@ simpler ops. `reduction` is "mean", "sum" or "none" everywhere.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minidl import backend
@@ -16,7 +18,7 @@ from minidl.ops.softmax import log_softmax, softmax
 from minidl.tensor import raw
 
 
-def reduced(losses, reduction):
+def reduced(losses: Any, reduction: str) -> Any:
     if reduction == "mean":
         return mean(losses)
     if reduction == "sum":
@@ -26,7 +28,7 @@ def reduced(losses, reduction):
     raise ValueError(f"reduction is 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-def check_labels(target, shape, ignore_index):
+def check_labels(target: Any, shape: tuple[int, ...], ignore_index: int) -> None:
     """Labels (N, d1, ...) for scores (N, C, d1, ...), every one in [0, C) or `ignore_index`.
 
     Raises:
@@ -110,8 +112,13 @@ def _(g, x, target, *, weight, ignore_index, reduction, label_smoothing):
 
 
 def cross_entropy_loss(
-    x, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
-):
+    x: Any,
+    target: Any,
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
     """PyTorch's: scores (N, C, d1, ...) or (C,); labels, or probabilities shaped as the scores."""
     if target.dtype.kind == "f" and target.shape == x.shape:
         dim = 1 if x.ndim > 1 else 0
@@ -135,7 +142,9 @@ def cross_entropy_loss(
     return loss.reshape(()) if single and reduction == "none" else loss
 
 
-def nll_loss(logp, target, weight=None, ignore_index=-100, reduction="mean"):
+def nll_loss(
+    logp: Any, target: Any, weight: Any = None, ignore_index: int = -100, reduction: str = "mean"
+) -> Any:
     """-w_label · logp[label]: log-probabilities (N, C, d1, ...) or (C,), labels of integers."""
     single = logp.ndim == 1
     if single:
@@ -149,26 +158,26 @@ def nll_loss(logp, target, weight=None, ignore_index=-100, reduction="mean"):
     return reduced(losses.reshape(()) if single else losses, reduction)
 
 
-def check_shapes(name, x, y):
-    """PyTorch warns of a broadcast in a loss, since it is nearly always a mistake; here: refused."""
+def check_shapes(name: str, x: Any, y: Any) -> None:
+    """PyTorch warns of a broadcast in a loss, as it is nearly always a mistake; here: refused."""
     if x.shape != y.shape:
         raise ValueError(f"{name}: input has shape {x.shape}, target {y.shape}: make them equal")
 
 
-def mse_loss(x, y, reduction="mean"):
+def mse_loss(x: Any, y: Any, reduction: str = "mean") -> Any:
     """(x - y)²."""
     check_shapes("mse_loss", x, y)
     d = x - y
     return reduced(d * d, reduction)
 
 
-def l1_loss(x, y, reduction="mean"):
+def l1_loss(x: Any, y: Any, reduction: str = "mean") -> Any:
     """|x - y|."""
     check_shapes("l1_loss", x, y)
     return reduced(abs_(x - y), reduction)
 
 
-def huber_loss(x, y, reduction="mean", delta=1.0):
+def huber_loss(x: Any, y: Any, reduction: str = "mean", delta: float = 1.0) -> Any:
     """d²/2 where |d| < δ, δ(|d| - δ/2) beyond (Huber 1964)."""
     check_shapes("huber_loss", x, y)
     if delta <= 0:
@@ -178,7 +187,7 @@ def huber_loss(x, y, reduction="mean", delta=1.0):
     return reduced(where(size < delta, d * d * 0.5, (size - 0.5 * delta) * delta), reduction)
 
 
-def smooth_l1_loss(x, y, reduction="mean", beta=1.0):
+def smooth_l1_loss(x: Any, y: Any, reduction: str = "mean", beta: float = 1.0) -> Any:
     """Huber's loss / β; for β = 0, |x - y| (Girshick 2015)."""
     if beta < 0:
         raise ValueError(f"smooth_l1_loss: beta is at least 0, got {beta}")
@@ -204,7 +213,7 @@ def _(g, p, y):
     )
 
 
-def binary_cross_entropy(p, y, weight=None, reduction="mean"):
+def binary_cross_entropy(p: Any, y: Any, weight: Any = None, reduction: str = "mean") -> Any:
     """Of probabilities in [0, 1]."""
     check_shapes("binary_cross_entropy", p, y)
     probabilities = raw(p)
@@ -218,7 +227,9 @@ def binary_cross_entropy(p, y, weight=None, reduction="mean"):
     return reduced(losses if weight is None else losses * weight, reduction)
 
 
-def binary_cross_entropy_with_logits(x, y, weight=None, reduction="mean", pos_weight=None):
+def binary_cross_entropy_with_logits(
+    x: Any, y: Any, weight: Any = None, reduction: str = "mean", pos_weight: Any = None
+) -> Any:
     """-[w₊ y log σ(x) + (1 - y) log(1 - σ(x))], where log σ(x) = -softplus(-x)."""
     check_shapes("binary_cross_entropy_with_logits", x, y)
     if pos_weight is None:

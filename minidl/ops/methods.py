@@ -10,12 +10,12 @@ from __future__ import annotations
 import builtins
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from minidl import backend
-from minidl.autograd import mode, written
+from minidl.autograd import mode
 from minidl.backend import random
 from minidl.ops import elementwise, linalg, reduce, shape, softmax
 from minidl.tensor import Tensor, raw
@@ -44,7 +44,16 @@ def sizes(size: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(size[0]) if len(size) == 1 and isinstance(size[0], tuple | list) else size
 
 
-def update(x: Tensor, y: Any, op: Op, name: str) -> Tensor:
+def own(index: Any) -> Any:
+    """An index as arrays that nobody else can change: the gradient needs them too."""
+    if isinstance(index, tuple):
+        return tuple([own(i) for i in index])
+    if isinstance(index, list | Tensor | np.ndarray):
+        return np.array(raw(index)) if isinstance(index, list) else raw(index).copy()
+    return index
+
+
+def update(x: Any, y: Any, op: Op, name: str) -> Tensor:
     """``x += y``: in place where the tape has no interest in x and y, else as ``x = x + y``."""
     if mode.enabled and (x._requires_grad or getattr(y, "_requires_grad", False)):
         if x._requires_grad and x.node is None:
@@ -107,18 +116,18 @@ class Methods:
         return self - elementwise.floor_divide(self, other) * other
 
     def __getitem__(self, index: Any) -> Tensor:
-        return shape.getitem(self, index=raw(index))
+        return shape.getitem(self, index=own(index))
 
-    def __iadd__(self, other: Any) -> Tensor:
+    def __iadd__(self, other: Any) -> Tensor:  # type: ignore[misc]
         return update(self, other, elementwise.add, "+=")
 
-    def __isub__(self, other: Any) -> Tensor:
+    def __isub__(self, other: Any) -> Tensor:  # type: ignore[misc]
         return update(self, other, elementwise.sub, "-=")
 
-    def __imul__(self, other: Any) -> Tensor:
+    def __imul__(self, other: Any) -> Tensor:  # type: ignore[misc]
         return update(self, other, elementwise.mul, "*=")
 
-    def __itruediv__(self, other: Any) -> Tensor:
+    def __itruediv__(self, other: Any) -> Tensor:  # type: ignore[misc]
         return update(self, other, elementwise.div, "/=")
 
     # Elementwise --------------------------------------------------------------------------
@@ -178,7 +187,7 @@ class Methods:
         """Held between two bounds (None: no bound): numbers, or tensors to broadcast."""
         if not (hasattr(min, "shape") or hasattr(max, "shape")):
             return elementwise.clamp(self, min=min, max=max)
-        x = self if min is None else elementwise.maximum(self, min)
+        x: Any = self if min is None else elementwise.maximum(self, min)
         return x if max is None else elementwise.minimum(x, max)
 
     clip = clamp
@@ -231,7 +240,7 @@ class Methods:
     ) -> Tensor:  # fmt: skip
         """Divided by n - correction; PyTorch's default is 1 (unbiased), NumPy's is 0."""
         if isinstance(dim, builtins.bool):  # PyTorch's x.var(unbiased)
-            dim, unbiased = None, dim
+            unbiased, dim = dim, None
         correction = builtins.int(unbiased) if correction is None else correction
         return reduce.var(
             self, dim=axes(dim, axis), keepdim=keepdim or keepdims, correction=correction
@@ -269,7 +278,7 @@ class Methods:
         return reduce.amin(self, dim=axes(dim, axis), keepdim=keepdim or keepdims)
 
     def max(self, dim: Any = None, keepdim: builtins.bool = False) -> Any:
-        """The largest; with a dim also where it is; with another tensor, the larger of each two."""
+        """The largest; with a dim also where it is; with a tensor, the larger of each two."""
         if dim is None:
             return reduce.amax(self)
         if isinstance(dim, Tensor):
@@ -277,7 +286,7 @@ class Methods:
         return Extreme(*along(self, reduce.argmax(self, dim=dim, keepdim=True), dim, keepdim))
 
     def min(self, dim: Any = None, keepdim: builtins.bool = False) -> Any:
-        """The smallest; with a dim also where it is; with another tensor, the smaller of each two."""
+        """The smallest; with a dim also where it is; with a tensor, the smaller of each two."""
         if dim is None:
             return reduce.amin(self)
         if isinstance(dim, Tensor):
@@ -613,25 +622,32 @@ class Methods:
             backend.to_device(numbers * (high - low) + low, self.device), "uniform_"
         )
 
-    # What Tensor itself has, for type checkers ----------------------------------------------
+    if TYPE_CHECKING:  # what Tensor itself has
+        array: Any
+        is_contiguous: Callable[[], builtins.bool]
+        write_: Op
+        to: Op
 
-    array: Any
-    shape: tuple[builtins.int, ...]
-    ndim: builtins.int
-    dtype: Any
-    device: str
-    is_contiguous: Callable[[], builtins.bool]
-    write_: Op
-    to: Op
+        @property
+        def shape(self) -> tuple[builtins.int, ...]: ...
+
+        @property
+        def ndim(self) -> builtins.int: ...
+
+        @property
+        def dtype(self) -> np.dtype[Any]: ...
+
+        @property
+        def device(self) -> backend.device: ...
 
 
-def along(x: Tensor, indices: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
+def along(x: Any, indices: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
     """The values at some positions (of length 1 along dim), and the positions."""
     values = shape.gather(x, indices, dim=dim)
     return (values, indices) if keepdim else (values.squeeze(dim), indices.squeeze(dim))
 
 
-def need(x: Tensor, ndim: int, name: str) -> Tensor:
+def need(x: Any, ndim: int, name: str) -> Tensor:
     if x.ndim != ndim:
         raise ValueError(f"{name} takes {ndim}-dimensional tensors, got shape {x.shape}")
     return x
@@ -649,5 +665,4 @@ def stack(tensors: Any, dim: int = 0) -> Tensor:
 
 for name, function in vars(Methods).items():
     if callable(function) or isinstance(function, property):
-        if name not in ("__class__", "__init_subclass__"):
-            setattr(Tensor, name, function)
+        setattr(Tensor, name, function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def _(g, x, *, dim, keepdim, correction):
     return (with_dims(g, x.shape, dim, keepdim) * away * (2 / n if n else math.inf),)
 
 
-def std(x, *, dim=None, keepdim=False, correction=1):
+def std(x: Any, *, dim: Any = None, keepdim: bool = False, correction: float = 1) -> Any:
     """√var, with gradient 0 (not NaN) where the variance is 0."""
     v = var(x, dim=dim, keepdim=keepdim, correction=correction)
     return safe_sqrt(v)
@@ -92,7 +93,7 @@ def _(g, out, x, *, dim, keepdim):
     return (with_dims(g, x.shape, dim, keepdim) * share,)
 
 
-def prod(x, *, dim=None, keepdim=False):
+def prod(x: Any, *, dim: int | None = None, keepdim: bool = False) -> Any:
     """The product, as a tree of multiplications: right at zeros too, to any order."""
     shape = x.shape
     if dim is None:
@@ -111,7 +112,7 @@ def prod(x, *, dim=None, keepdim=False):
     return x.reshape(kept if keepdim else x.shape[:axis] + x.shape[axis + 1 :])
 
 
-def norm(x, *, p=2, dim=None, keepdim=False):
+def norm(x: Any, *, p: Any = 2, dim: Any = None, keepdim: bool = False) -> Any:
     """(Σ |x|ᵖ)^(1/p); p may be inf, -inf or 0 (how many are not 0). The gradient at 0 is 0."""
     settings = {"dim": dim, "keepdim": keepdim}
     if p in (2, "fro"):
@@ -172,13 +173,13 @@ def all_(x, *, dim=None, keepdim=False):
     return x.all(axis=dim, keepdims=keepdim)
 
 
-def sort(x, *, dim=-1, descending=False):
+def sort(x: Any, *, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
     """Sorted values and their positions in x."""
     indices = argsort(x, dim=dim, descending=descending)
     return gather(x, indices, dim=dim), indices
 
 
-def topk(x, *, k, dim=-1, largest=True):
+def topk(x: Any, *, k: int, dim: int = -1, largest: bool = True) -> tuple[Any, Any]:
     """The k largest (or smallest) values, in order, and their positions in x."""
     if not 0 <= k <= x.shape[dim]:
         raise ValueError(f"topk: k is {k}, dimension {dim} has {x.shape[dim]} elements")
@@ -189,7 +190,7 @@ def topk(x, *, k, dim=-1, largest=True):
 
 # Samples ----------------------------------------------------------------------------------
 
-DIMS = ({}, {"dim": 1}, {"dim": -1, "keepdim": True}, {"dim": (0, 2)})
+DIMS: tuple[dict[str, Any], ...] = ({}, {"dim": 1}, {"dim": -1, "keepdim": True}, {"dim": (0, 2)})
 
 
 @sum_.samples

@@ -6,6 +6,9 @@ and `scatter_add`, `expand` and a sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -114,9 +117,7 @@ def cat_(*xs, dim=0):
 def _(g, xs_shape, *, dim):
     at = (slice(None),) * (dim % g.ndim)
     ends = np.cumsum([0, *(shape[dim] for shape in xs_shape)]).tolist()
-    return [
-        lambda a=a, b=b: g[(*at, slice(a, b))] for a, b in zip(ends, ends[1:], strict=False)
-    ]
+    return [lambda a=a, b=b: g[(*at, slice(a, b))] for a, b in pairwise(ends)]
 
 
 @op
@@ -151,7 +152,7 @@ def index_put(x, *, index, shape):
     xp = backend.array_module(x)
     out = xp.zeros(shape, x.dtype)
     parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, list) or getattr(i, "dtype", bool) != bool for i in parts):
+    if any(isinstance(i, list) or (hasattr(i, "dtype") and i.dtype.kind != "b") for i in parts):
         xp.add.at(out, index, x)
     else:  # numbers, slices and masks name no element twice
         out[index] = x
@@ -203,17 +204,18 @@ def within(x, index, dim):
     return x[tuple(slice(None) if d == dim else slice(n) for d, n in enumerate(index.shape))]
 
 
-def pad(x, padding, value=0.0):
-    """x with a border, as F.pad: (left, right) of the last dimension, then of the one before, ..."""
+def pad(x: Any, padding: Sequence[int], value: float = 0.0) -> Any:
+    """x with a border, as F.pad: (left, right) of the last dimension, then the one before, ..."""
     if len(padding) % 2 or len(padding) > 2 * x.ndim:
         raise ValueError(
             f"pad: {len(padding)} numbers for {x.ndim} dimensions: two each, last dimension first"
         )
     pairs = [(0, 0)] * (x.ndim - len(padding) // 2)
     pairs += list(zip(padding[-2::-2], padding[-1::-2], strict=True))
-    keep = tuple(slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in zip(x.shape, pairs, strict=True))
-    x = x[keep] if any(n < 0 for n in padding) else x
-    pairs = [(max(a, 0), max(b, 0)) for a, b in pairs]
+    if any(n < 0 for n in padding):  # cut off
+        cuts = zip(x.shape, pairs, strict=True)
+        x = x[tuple(slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in cuts)]
+        pairs = [(max(a, 0), max(b, 0)) for a, b in pairs]
     inside = tuple(slice(a, a + n) for n, (a, b) in zip(x.shape, pairs, strict=True))
     shape = tuple(a + n + b for n, (a, b) in zip(x.shape, pairs, strict=True))
     out = index_put(x, index=inside, shape=shape)

@@ -120,11 +120,12 @@ def as_named(name, torch_name=None):
     pytorch(name)(oracle)
 
 
-for name in (
+NAMES = (
     "add sub mul div neg exp log log1p sqrt abs sin cos tanh sigmoid relu erf maximum minimum "
     "clone sign floor ceil round floor_divide isnan isinf isfinite eq ne lt le gt ge logical_not "
     "logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor clamp"
-).split():
+)
+for name in NAMES.split():
     as_named(name)
 
 

@@ -90,7 +90,7 @@ def as_named(name):
     pytorch(name)(oracle)
 
 
-for name in "sum mean var amax amin argmax argmin any all".split():
+for name in ("sum", "mean", "var", "amax", "amin", "argmax", "argmin", "any", "all"):
     as_named(name)
 
 

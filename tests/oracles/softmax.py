@@ -14,7 +14,8 @@ def shares(x, dim):
     for at in np.ndindex(x.shape):
         line = list(at)
         total = 0.0
-        for line[dim] in range(x.shape[dim]):
+        for i in range(x.shape[dim]):
+            line[dim] = i
             total += math.exp(x[tuple(line)])
         y[at] = math.exp(x[at]) / total
     return y
