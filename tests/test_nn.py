@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.nn_cases import CASES, CONTAINERS, Case, convert, draw, flat
 
 import minidl
 import minidl.nn.functional as F
@@ -27,6 +26,7 @@ from minidl.nn.utils.rnn import (
     pad_packed_sequence,
     pad_sequence,
 )
+from tests.nn_cases import CASES, CONTAINERS, Case, convert, draw, flat
 
 every_layer = pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
 
@@ -361,7 +361,8 @@ def test_repr():
         "Net(\n"
         "  (body): Sequential(\n"
         "    (0): Linear(in_features=4, out_features=3, bias=True)\n"
-        "    (1): BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)\n"
+        "    (1): BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, "
+        "bias=True, track_running_stats=True)\n"
         "    (2): ReLU()\n"
         "  )\n"
         "  (head): Linear(in_features=3, out_features=2, bias=True)\n"
@@ -741,7 +742,8 @@ def test_parameters_and_vectors():
     vector = parameters_to_vector(net.parameters())
     assert vector.shape == (sum(p.numel() for p in net.parameters()),)
     vector_to_parameters(vector.detach() * 2, net.parameters())
-    np.testing.assert_array_equal(parameters_to_vector(net.parameters()).numpy(), vector.numpy() * 2)
+    doubled = parameters_to_vector(net.parameters())
+    np.testing.assert_array_equal(doubled.numpy(), vector.numpy() * 2)
     with pytest.raises(ValueError, match="numbers"):
         vector_to_parameters(minidl.zeros(3), net.parameters())
 

@@ -131,7 +131,7 @@ class Softplus(Module):
 class Softmax(Module):
     """exp(x) / Σ exp(x) along `dim`."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int | None = None) -> None:
         super().__init__()
         self.dim = dim
 
@@ -145,9 +145,12 @@ class Softmax(Module):
 class LogSoftmax(Module):
     """x - log Σ exp(x) along `dim`."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int | None = None) -> None:
         super().__init__()
         self.dim = dim
 
     def forward(self, input: Tensor) -> Tensor:
         return F.log_softmax(input, dim=self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"

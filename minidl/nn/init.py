@@ -80,7 +80,7 @@ def eye_(tensor: Tensor) -> Tensor:
     """The identity matrix, of any (rows, columns)."""
     if tensor.ndim != 2:
         raise ValueError(f"eye_ fills a matrix, got shape {tensor.shape}")
-    return fill(tensor, np.eye(*tensor.shape))
+    return fill(tensor, np.eye(tensor.shape[0], tensor.shape[1]))
 
 
 def calculate_gain(nonlinearity: str, param: float | None = None) -> float:

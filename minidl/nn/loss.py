@@ -20,6 +20,8 @@ class Loss(Module):
 class WeightedLoss(Loss):
     """A loss with weights: a buffer, so that it moves and is saved with the module."""
 
+    weight: Tensor | None
+
     def __init__(self, weight: Tensor | None, reduction: str) -> None:
         super().__init__(reduction)
         self.register_buffer("weight", weight)
@@ -129,6 +131,8 @@ class BCEWithLogitsLoss(WeightedLoss):
         weight: a number per sample, broadcast.
         pos_weight: a number per class by which positive targets count more.
     """
+
+    pos_weight: Tensor | None
 
     def __init__(
         self,

@@ -124,8 +124,8 @@ class Module:
     def _own_buffers(self, only_persistent: bool = False) -> Iterator[tuple[str, Tensor]]:
         for name, persistent in self._buffers.items():
             value = vars(self).get(name)
-            is_buffer = isinstance(value, Tensor) and not isinstance(value, Parameter)
-            if is_buffer and (persistent or not only_persistent):
+            wanted = persistent or not only_persistent
+            if wanted and isinstance(value, Tensor) and not isinstance(value, Parameter):
                 yield name, value
 
     def _own_state(self) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,14 @@ from minidl.nn.parameter import Parameter, empty
 from minidl.tensor import Tensor
 
 
+def initialize(layer: Any) -> None:
+    """Start with weights 1 and biases 0: nothing but the normalisation."""
+    if layer.weight is not None:
+        init.ones_(layer.weight)
+    if layer.bias is not None:
+        init.zeros_(layer.bias)
+
+
 class BatchNorm(Module):
     """What the norms with running statistics share; a subclass sets `dims`.
 
@@ -22,6 +30,9 @@ class BatchNorm(Module):
     """
 
     dims: tuple[int, ...]  # what an input's number of dimensions may be
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -32,6 +43,8 @@ class BatchNorm(Module):
         track_running_stats: bool = True,
         device: str | None = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
@@ -41,7 +54,7 @@ class BatchNorm(Module):
             return empty(num_features, device=device, dtype=dtype)
 
         self.weight = Parameter(vector()) if affine else None
-        self.bias = Parameter(vector()) if affine else None
+        self.bias = Parameter(vector()) if affine and bias else None
         self.register_buffer("running_mean", vector() if track_running_stats else None)
         self.register_buffer("running_var", vector() if track_running_stats else None)
         count = empty(device=device, dtype=np.int64)
@@ -56,9 +69,7 @@ class BatchNorm(Module):
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()
-        if self.affine:
-            init.ones_(self.weight)
-            init.zeros_(self.bias)
+        initialize(self)
 
     def check(self, input: Tensor) -> None:
         if input.ndim not in self.dims:
@@ -87,7 +98,7 @@ class BatchNorm(Module):
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}"
+            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
         )
 
 
@@ -117,8 +128,12 @@ class InstanceNorm2d(BatchNorm):
         track_running_stats: bool = False,
         device: str | None = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         self.check(input)
@@ -159,17 +174,15 @@ class LayerNorm(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.weight is not None:
-            init.ones_(self.weight)
-        if self.bias is not None:
-            init.zeros_(self.bias)
+        initialize(self)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         shape, affine = self.normalized_shape, self.elementwise_affine
-        return f"{shape}, eps={self.eps}, elementwise_affine={affine}"
+        bias = self.bias is not None
+        return f"{shape}, eps={self.eps}, elementwise_affine={affine}, bias={bias}"
 
 
 class GroupNorm(Module):
@@ -183,6 +196,8 @@ class GroupNorm(Module):
         affine: bool = True,
         device: str | None = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if num_channels % num_groups:
@@ -194,16 +209,15 @@ class GroupNorm(Module):
             return Parameter(empty(num_channels, device=device, dtype=dtype))
 
         self.weight = vector() if affine else None
-        self.bias = vector() if affine else None
+        self.bias = vector() if affine and bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.weight is not None and self.bias is not None:
-            init.ones_(self.weight)
-            init.zeros_(self.bias)
+        initialize(self)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"
+        sizes = f"{self.num_groups}, {self.num_channels}, eps={self.eps}"
+        return f"{sizes}, affine={self.affine}, bias={self.bias is not None}"

@@ -19,6 +19,8 @@ from minidl.nn.parameter import Parameter, empty
 from minidl.nn.utils.rnn import PackedSequence, pad_packed_sequence, repack
 from minidl.tensor import Tensor
 
+Weights = tuple[Any, Any, Any, Any]  # w_ih, w_hh, b_ih, b_hh
+
 
 class RNNBase(Module):
     """What RNN, LSTM and GRU share.
@@ -83,7 +85,7 @@ class RNNBase(Module):
         for parameter in self.parameters():
             init.uniform_(parameter, -bound, bound)
 
-    def run(self, x: Tensor, state: list[Tensor], weights: list[Any], lengths: Any) -> Any:
+    def run(self, x: Tensor, state: list[Any], weights: Weights, lengths: Any) -> Any:
         """One layer in one direction: the output and the states after the last step."""
         raise NotImplementedError
 
@@ -130,10 +132,10 @@ class RNNBase(Module):
                 x = F.dropout(x, self.dropout, self.training)
             outputs = []
             for direction in range(self.directions):
-                weights = [getattr(self, n, None) for n in self.names(layer, direction)]
+                w_ih, w_hh, *b = (getattr(self, n, None) for n in self.names(layer, direction))
                 start = [s[len(finals)] for s in states]
                 steps = reverse(x, lengths) if direction else x
-                out, *final = self.run(steps, start, weights, lengths)
+                out, *final = self.run(steps, start, (w_ih, w_hh, b[0], b[1]), lengths)
                 outputs.append(reverse(out, lengths) if direction else out)
                 finals.append(final)
             x = outputs[0] if len(outputs) == 1 else minidl.cat(outputs, dim=2)
@@ -214,8 +216,8 @@ class RNN(RNNBase):
             device, dtype,
         )  # fmt: skip
 
-    def run(self, x: Tensor, state: list[Tensor], weights: list[Any], lengths: Any) -> Any:
-        return F.rnn(x, *state, *weights, lengths=lengths, nonlinearity=self.nonlinearity)
+    def run(self, x: Tensor, state: list[Any], weights: Weights, lengths: Any) -> Any:
+        return F.rnn(x, state[0], *weights, self.nonlinearity, lengths)
 
 
 class LSTM(RNNBase):
@@ -227,8 +229,8 @@ class LSTM(RNNBase):
 
     gates, states = 4, 2
 
-    def run(self, x: Tensor, state: list[Tensor], weights: list[Any], lengths: Any) -> Any:
-        return F.lstm(x, *state, *weights, lengths=lengths)
+    def run(self, x: Tensor, state: list[Any], weights: Weights, lengths: Any) -> Any:
+        return F.lstm(x, state[0], state[1], *weights, lengths)
 
 
 class GRU(RNNBase):
@@ -240,8 +242,8 @@ class GRU(RNNBase):
 
     gates = 3
 
-    def run(self, x: Tensor, state: list[Tensor], weights: list[Any], lengths: Any) -> Any:
-        return F.gru(x, *state, *weights, lengths=lengths)
+    def run(self, x: Tensor, state: list[Any], weights: Weights, lengths: Any) -> Any:
+        return F.gru(x, state[0], *weights, lengths)
 
 
 # One step -----------------------------------------------------------------------------------

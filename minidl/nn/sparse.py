@@ -55,7 +55,8 @@ class Embedding(Module):
         """An Embedding with given vectors, (num_embeddings, embedding_dim); frozen by default."""
         if embeddings.ndim != 2:
             raise ValueError(f"embeddings are a matrix, got shape {embeddings.shape}")
-        layer = cls(*embeddings.shape, padding_idx=padding_idx)
+        rows, columns = embeddings.shape
+        layer = cls(rows, columns, padding_idx)
         layer.weight = Parameter(embeddings.detach(), requires_grad=not freeze)
         return layer
 

@@ -154,7 +154,7 @@ class Optimizer:
         }
         state: dict[Tensor, dict[str, Any]] = {}
         for number, values in state_dict["state"].items():
-            p = params[int(number)]  # JSON makes text of the numbers
+            p = params[number]
             state[p] = {}
             for name, value in values.items():
                 if isinstance(value, Tensor) and name == "step":

@@ -1,4 +1,4 @@
-"""Optimizers and schedules against PyTorch's: same numbers, same state, learning rate by learning rate."""
+"""Optimizers and schedules against PyTorch's: same numbers, same state, same learning rates."""
 
 import copy
 import math
@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import minidl
 from minidl import nn, optim
 from minidl.optim import lr_scheduler
 
-torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
 theirs = torch.optim.lr_scheduler
 
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
