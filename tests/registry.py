@@ -82,11 +82,15 @@ def cases() -> dict[str, Case]:
 CASES = cases()
 DIFFERENTIABLE = {k: case for k, case in CASES.items() if case.op.rule and case.floats}
 
-every_op = pytest.mark.parametrize("function", list(OPS.values()), ids=list(OPS))
-every_case = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
-every_differentiable_case = pytest.mark.parametrize(
-    "case", list(DIFFERENTIABLE.values()), ids=list(DIFFERENTIABLE)
-)
+
+def parametrize(name: str, values: dict[str, Any]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(name, list(values.values()), ids=list(values))
+
+
+every_op = parametrize("function", OPS)
+every_case = parametrize("case", CASES)
+every_case_with_floats = parametrize("case", {k: c for k, c in CASES.items() if c.floats})
+every_differentiable_case = parametrize("case", DIFFERENTIABLE)
 
 
 def kernels(op: Op) -> list[tuple[Kernel, str]]:

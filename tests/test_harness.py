@@ -103,6 +103,14 @@ def test_every_gradient_is_tried() -> None:
     assert {name for name, f in reg.OPS.items() if f.op.rule} - tried == set()
 
 
+@pytest.mark.parametrize("name", ["add", "mul", "where"])
+def test_a_wrong_unbroadcast_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = autograd.unbroadcast
+    monkeypatch.setattr(autograd, "unbroadcast", lambda g, shape: right(g, shape) * 1.001)
+    with fails("broadcasting undone with sums times 1.001"):
+        test_ops.test_broadcasting(reg.CASES[f"{name}-0"])
+
+
 # Ops made wrong on purpose ------------------------------------------------------------------
 
 

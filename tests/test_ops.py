@@ -12,15 +12,24 @@ import warnings
 import weakref
 from typing import Any
 
+import hypothesis.extra.numpy as nps
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minidl import autograd
 from minidl.op import OUT, use
 from minidl.tensor import Tensor
 from tests import oracles
 from tests import registry as reg
-from tests.registry import Case, every_case, every_differentiable_case, every_op
+from tests.registry import (
+    Case,
+    every_case,
+    every_case_with_floats,
+    every_differentiable_case,
+    every_op,
+)
 
 # Bounds, in units of max |expected|. The samples are small, so rounding stays at a few hundred ulp
 # at most; a factor of 1.001 is far outside (see test_harness).
@@ -140,17 +149,17 @@ def test_empty(case: Case) -> None:
                         assert a.shape == tuple(line)
 
 
-@every_case
+@every_case_with_floats
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_dtype(case: Case, dtype: str) -> None:
     """float32 in, float32 out, and float32 gradients; float16 likewise."""
-    if not case.floats:
-        pytest.skip("no floating input")
     expected = reg.outcome(case)
     actual = reg.outcome(case.cast(dtype))
-    for a, b in zip(actual, expected, strict=True):
+    settings = {k: np.float64(v) if isinstance(v, float) else v for k, v in case.kwargs.items()}
+    again = reg.outcome(case.cast(dtype)._replace(kwargs=settings))
+    for a, b, c in zip(actual, expected, again, strict=True):
         if a is not None and b.dtype == np.float64 and "dtype" not in case.kwargs:
-            assert a.dtype == dtype
+            assert a.dtype == c.dtype == dtype
     if dtype == "float32":
         reg.assert_all_close(actual, expected, 1e-4)
     if len(case.floats) > 1 and case.function.__module__ == "minidl.ops.elementwise":
@@ -171,6 +180,35 @@ def check_scalar(case: Case, i: int, scalar: Any) -> None:
     actual = reg.outcome(case._replace(inputs=tuple(inputs)))
     if len(actual) > 1:
         assert {a.dtype for a in actual if a is not None} == {expected.dtype}
+
+
+ELEMENTWISE = {  # of several inputs that broadcast together
+    name: reg.CASES[f"{name}-0"]
+    for name, f in reg.OPS.items()
+    if f.__module__ == "minidl.ops.elementwise" and len(reg.CASES[f"{name}-0"].floats) > 1
+}
+
+
+@reg.parametrize("case", ELEMENTWISE)
+@given(data=st.data())
+def test_broadcasting(case: Case, data: st.DataObject) -> None:
+    """For any shapes: the same as with inputs expanded first and their gradients summed after."""
+    count = len(case.inputs)
+    shapes = data.draw(nps.mutually_broadcastable_shapes(num_shapes=count, min_side=0, max_side=3))
+    rng = np.random.default_rng(0)
+    inputs = [
+        np.asarray(rng.uniform(0.5, 2.0, shape) if reg.is_float(x) else rng.random(shape) < 0.5)
+        for x, shape in zip(case.inputs, shapes.input_shapes, strict=True)
+    ]
+    case = case._replace(inputs=tuple(inputs))
+    expanded = case.map(lambda x: np.broadcast_to(x, shapes.result_shape).copy())
+    actual, expected = reg.outcome(case), reg.outcome(expanded)
+    for k, i in enumerate(case.floats, 1):
+        if expected[k] is not None:
+            ones = (1,) * (expanded.inputs[i].ndim - inputs[i].ndim) + inputs[i].shape
+            axes = [a for a, n in enumerate(ones) if n == 1]
+            expected[k] = expected[k].sum(axis=tuple(axes), keepdims=True).reshape(inputs[i].shape)
+    reg.assert_all_close(actual, expected, EXACT)
 
 
 @every_case
@@ -254,8 +292,8 @@ def test_rule_returns_no_saved_array(case: Case) -> None:
     y = case.function(*xs, **case.kwargs)
     g = reg.cotangent(y)
     entries = case.op.rule(g, *y.node.saved, **y.node.kwargs)  # type: ignore[misc]
-    entries = [entry() if callable(entry) else entry for entry in entries]
     assert len(entries) == len(case.inputs)
+    entries = [entries[i]() if callable(entries[i]) else entries[i] for i in case.floats]
     fresh = [e for e in entries if e is not None and not np.shares_memory(e, g)]
     saved = [y.array, *(x.array for x in xs if isinstance(x, Tensor))]
     for i, entry in enumerate(fresh):

@@ -22,7 +22,7 @@ def standardize(x: Any, weight: Any, bias: Any, *, dim: tuple[int, ...], eps: fl
     weight and bias broadcast to x, or are None.
     """
     y = x - x.mean(axis=dim, keepdims=True)
-    rstd = 1 / np.sqrt(np.square(y).mean(axis=dim, keepdims=True) + eps)
+    rstd = 1 / np.sqrt(np.square(y).mean(axis=dim, keepdims=True) + float(eps))
     y *= rstd if weight is None else rstd * weight
     if bias is not None:
         y += bias
@@ -33,7 +33,7 @@ def standardize(x: Any, weight: Any, bias: Any, *, dim: tuple[int, ...], eps: fl
 def _(g, x, weight, *, dim, eps):
     # The statistics are computed again, so that they are differentiated at second order.
     away = x - x.mean(axis=dim, keepdims=True)
-    rstd = ((away * away).mean(axis=dim, keepdims=True) + eps) ** -0.5
+    rstd = ((away * away).mean(axis=dim, keepdims=True) + float(eps)) ** -0.5
 
     def to_x():
         """Remove from g what would move the mean, and what would scale the deviations."""
