@@ -203,8 +203,11 @@ class Explanation:
                     senders.append(step.number)
                     if edge in total:
                         total[edge] = total[edge] + gx
+                        again = senders[-2] == step.number
                         flow.notes.append(
-                            f"added to what step {senders[-2]} sent: its gradient is the sum "
+                            "it is used twice here: both shares are added"
+                            if again
+                            else f"added to what step {senders[-2]} sent: its gradient is the sum "
                             "over all uses"
                         )
                     else:
@@ -416,6 +419,8 @@ def nice(file: str) -> str:
     for base in (Path(__file__).parent.parent, Path.cwd()):
         if file.startswith(f"{base}/"):
             return file[len(f"{base}/") :]
+    if "/ipykernel_" in file or file.startswith("<ipython"):
+        return "a cell"
     return Path(file).name if file.startswith("/") else file
 
 

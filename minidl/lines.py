@@ -107,23 +107,27 @@ class Scope:
     def __init__(self, frame: FrameType) -> None:
         self.frame = frame
         self.variables = variables(frame)
-        self.statements: list[Statement] = []
-        code, namespace = frame.f_code, frame.f_globals
+        code = frame.f_code
         self.name = code.co_name
         self.parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        self.statements: list[Statement] = []
+        self.now: Statement | None = None  # the one that runs
+
+    def load(self) -> None:
+        """Read the program text."""
+        frame, code, namespace = self.frame, self.frame.f_code, self.frame.f_globals
+        file = code.co_filename
         text = "".join(linecache.getlines(code.co_filename, namespace))
         cells = namespace.get("In")  # IPython's list of what was run
         if code.co_name == "<module>" and isinstance(cells, list) and cells and cells[-1] == text:
             for number, cell in enumerate(cells[:-1]):
                 self.read(cell, f"In [{number}]")
-        self.read(text, code.co_filename)
+            file = f"In [{len(cells) - 1}]"
+        self.read(text, file)
         number = frame.f_lineno
-        here = [
-            s
-            for s in self.statements
-            if s.line.file == code.co_filename and s.line.number <= number <= s.last
-        ]
-        self.now = here[-1] if here else None
+        for s in self.statements:
+            if s.line.file == file and s.line.number <= number <= s.last:
+                self.now = s
 
     def read(self, text: str, file: str) -> None:
         """Append a text's statements (of this frame's function only, if it runs one)."""
@@ -286,8 +290,10 @@ class Inference:
         parameters: list[tuple[str, Node]] = []  # nodes that came into a scope from its caller
         callee: Scope | None = None
         for scope, pairs in zip(scopes, held, strict=True):
+            if callee is None or pairs or parameters:  # else nothing of interest came from there
+                scope.load()
             if scope.now is None:
-                callee = scope
+                callee, parameters = scope, []
                 continue
             parameters = self.passed(scope, callee, parameters) if callee else []
             for name, node in sorted(pairs, key=lambda pair: pair[1].number):
