@@ -13,10 +13,11 @@ import numpy as np
 
 import minidl
 import minidl.nn.functional as F
+from minidl.backend import array_module
 from minidl.nn import init
 from minidl.nn.module import Module
 from minidl.nn.parameter import Parameter, empty
-from minidl.nn.utils.rnn import PackedSequence, pad_packed_sequence, repack
+from minidl.nn.utils.rnn import PackedSequence, on_device_of, pad_packed_sequence, repack
 from minidl.tensor import Tensor
 
 Weights = tuple[Any, Any, Any, Any]  # w_ih, w_hh, b_ih, b_hh
@@ -177,7 +178,7 @@ class RNNBase(Module):
 
 
 def zeros_like(x: Tensor, shape: tuple[int, ...]) -> Any:
-    return minidl.backend.array_module(x.array).zeros(shape, x.dtype)
+    return array_module(x.array).zeros(shape, x.dtype)
 
 
 def reverse(x: Tensor, lengths: Any) -> Tensor:
@@ -185,8 +186,8 @@ def reverse(x: Tensor, lengths: Any) -> Tensor:
     if lengths is None:
         return x.flip(0)
     t = np.arange(x.shape[0])[:, None]
-    lengths = np.asarray(minidl.backend.to_device(lengths, "cpu"))
-    return x[np.where(t < lengths, lengths - 1 - t, t), np.arange(x.shape[1])]
+    t = np.where(t < lengths, lengths - 1 - t, t)
+    return x[on_device_of(x, t), on_device_of(x, np.arange(x.shape[1]))]
 
 
 class RNN(RNNBase):

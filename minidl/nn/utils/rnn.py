@@ -73,7 +73,10 @@ def pack_padded_sequence(
     sizes = Tensor(running.sum(axis=1))
     if enforce_sorted:
         return PackedSequence(data, sizes)
-    return PackedSequence(data, sizes, Tensor(order), Tensor(np.argsort(order)))
+    back = np.argsort(order)
+    return PackedSequence(
+        data, sizes, Tensor(on_device_of(x, order)), Tensor(on_device_of(x, back))
+    )
 
 
 def pad_packed_sequence(
