@@ -119,7 +119,12 @@ class Scope:
         file = code.co_filename
         text = "".join(linecache.getlines(code.co_filename, namespace))
         cells = namespace.get("In")  # IPython's list of what was run
-        if code.co_name == "<module>" and isinstance(cells, list) and cells and cells[-1] == text:
+        if (
+            code.co_name == "<module>"
+            and isinstance(cells, list)
+            and cells
+            and cells[-1].strip() == text.strip()
+        ):
             for number, cell in enumerate(cells[:-1]):
                 self.read(cell, f"In [{number}]")
             file = f"In [{len(cells) - 1}]"

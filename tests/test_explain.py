@@ -383,7 +383,7 @@ def test_notebook_cells(said):
     cells = ["w = leaf(3)\nh = w.exp()\n", "h = h * 2.0\n", "h.sum().explain()\n"]
     space = {"leaf": leaf, "In": [""]}
     for i, cell in enumerate(cells):
-        space["In"].append(cell)
+        space["In"].append(cell.rstrip())  # as IPython does
         space = run_as(cell, f"<ipython-input-{i}>", **space)
     assert by_line(said()) == {
         "h.sum().explain()": ["sum"],
