@@ -53,6 +53,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
         try:
             function(*args, **kwargs)
+        except typer.Exit:
+            raise
         except Interrupted as stop:
             arguments = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
             say_error(f"{stop}. Go on with:\n\n  minidl {' '.join(arguments)} --resume", "stopped")
@@ -145,17 +147,22 @@ def train(
     model: Annotated[
         str, typer.Option(help="linear, mlp, lenet, cnn, resnet8, resnet20, resnet18 or resnet34.")
     ] = "cnn",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes over the training images.", show_default="5; digits: 20"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the run.", show_default="runs/DATA-MODEL"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step.", show_default="64; digits: 32")
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
             help="Learning rate (its peak, with onecycle).",
-            show_default="0.002; sgd: 0.05; rmsprop: 0.001",
+            show_default="0.002; digits: 0.005; with sgd 0.05, with rmsprop 0.001",
         ),
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adam, adamw, sgd or rmsprop.")] = "adam",
@@ -205,11 +212,16 @@ def train(
 
     import minidl
     from minidl import models, nn
+    from minidl.backend import parse_device
     from minidl.data import DataLoader
     from minidl.train import train
 
     use_threads(threads)
     screen = console()
+    parse_device(device)
+    small = data == "digits"
+    epochs = epochs or (20 if small else 5)
+    batch_size = batch_size or (32 if small else 64)
     augment = epochs >= 10 if augment is None else augment
     train_set, test_set = open_data(data, root, download, augment)
     channels, height, _ = test_set[0][0].shape
@@ -220,6 +232,9 @@ def train(
     network.to(device)
     train_loader = DataLoader(train_set, batch_size, shuffle=True, prefetch_thread=True)
     test_loader = DataLoader(test_set, 500, prefetch_thread=True)
+    lrs = {"adam": 0.005 if small else 0.002, "sgd": 0.05, "rmsprop": 0.001}
+    lrs["adamw"] = lrs["adam"]
+    lr = lrs[choose("optimizer", optimizer, list(lrs))] if lr is None else lr
     optimizer_ = make_optimizer(optimizer, network, lr, momentum, weight_decay)
     scheduler_ = make_scheduler(scheduler, optimizer_, epochs, len(train_loader))
     config = {
@@ -313,20 +328,18 @@ def open_data(name: str, root: Path | None, download: bool, augment: bool) -> tu
         raise ValueError(f"{error}\nHere: --download, or --root FOLDER that holds them") from None
 
 
-def make_optimizer(
-    name: str, network: Any, lr: float | None, momentum: float, weight_decay: float
-) -> Any:
+def make_optimizer(name: str, network: Any, lr: float, momentum: float, weight_decay: float) -> Any:
     from minidl import optim
 
-    lrs = {"adam": 0.002, "adamw": 0.002, "sgd": 0.05, "rmsprop": 0.001}
-    lr = lrs[choose("optimizer", name, list(lrs))] if lr is None else lr
     parameters = network.parameters()
     if name == "sgd":
         return optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
     if name == "rmsprop":
         return optim.RMSprop(parameters, lr, momentum=momentum, weight_decay=weight_decay)
-    kind = optim.Adam if name == "adam" else optim.AdamW
-    return kind(parameters, lr, weight_decay=weight_decay)
+    kinds = {"adam": optim.Adam, "adamw": optim.AdamW}
+    return kinds[choose("optimizer", name, [*kinds, "sgd", "rmsprop"])](
+        parameters, lr, weight_decay=weight_decay
+    )
 
 
 def make_scheduler(name: str, optimizer: Any, epochs: int, batches: int) -> Any:

@@ -40,13 +40,13 @@ def network() -> nn.Sequential:
     )
 
 
-def neuron() -> tuple[minidl.Tensor, minidl.Tensor, minidl.Tensor]:
+def neuron() -> tuple[minidl.Tensor, ...]:
     x = minidl.tensor([1.0, 2.0, -1.0])
     w = minidl.tensor([0.5, -0.2, 0.1], requires_grad=True)
     b = minidl.tensor(0.3, requires_grad=True)
     y = ((w * x).sum() + b).tanh()
     loss = (y - 1.0) ** 2
-    return w, b, loss
+    return x, w, b, loss
 
 
 def run(screen: Console, out: Path, epochs: int = 20, seed: int = 0) -> bool:
@@ -135,7 +135,7 @@ NEXT = [
         "the same bits.",
     ),
     (
-        "python tutorials/01_a_derivative_by_hand.py",
+        "python tutorials/01_*.py",
         "From one derivative to a network, in small steps; each runs.",
     ),
     ("minidl kernels", "Which operations run in C++ here, and how to swap them."),
@@ -189,7 +189,7 @@ def findings(
         },
         "example": report.pixels(images.numpy()[examples[3], 0], limit=1.0),
         "filters": filters(model, images[examples[3] : examples[3] + 1]),
-        "saliency": [saliency(model, images[i : i + 1]) for i in examples],
+        "saliency": saliency(model, images, labels, examples),
         "mistakes": [
             report.mistake(images.numpy()[i, 0], probabilities[i], int(labels[i])) for i in wrong
         ],
@@ -213,24 +213,33 @@ def filters(model: Any, image: minidl.Tensor) -> list[dict[str, str]]:
     ]
 
 
-def saliency(model: nn.Module, image: minidl.Tensor) -> dict[str, Any]:
-    """The derivative of the winning score by each pixel (Simonyan et al. 2014, section 3)."""
-    image = image.detach().requires_grad_()
-    scores = model(image)
-    winner = int(scores.numpy().argmax())
-    (gradient,) = minidl.grad(scores[0, winner], image)
+def saliency(
+    model: nn.Module, images: minidl.Tensor, labels: np.ndarray, examples: list[int]
+) -> list[dict[str, Any]]:
+    """The derivative of the true digit's score by each pixel (Simonyan et al. 2014, section 3).
+
+    One backward pass for all images, since no image's score depends on another image.
+    """
+    images = images.detach().requires_grad_()
+    scores = model(images)
+    (gradient,) = minidl.grad(scores[np.arange(len(labels)), labels].sum(), images)
     assert gradient is not None
-    return {
-        "image": report.pixels(image.numpy()[0, 0], limit=1.0),
-        "gradient": report.pixels(gradient.numpy()[0, 0], signed=True),
-        "predicted": winner,
-    }
+    pixels, gradients = images.numpy()[:, 0], gradient.numpy()[:, 0]
+    return [
+        {
+            "image": report.pixels(pixels[i], limit=1.0),
+            "gradient": report.pixels(gradients[i], signed=True),
+            "mean": report.pixels(gradients[labels == digit].mean(axis=0), signed=True),
+            "predicted": int(scores.numpy()[i].argmax()),
+        }
+        for digit, i in enumerate(examples)
+    ]
 
 
 def neuron_explained() -> dict[str, str]:
     """The source of `neuron`, its drawn tape, and the gradients that the walk finds."""
-    w, b, loss = neuron()
-    picture = minidl.draw(loss, {"w": w, "b": b, "loss": loss})
+    x, w, b, loss = neuron()
+    picture = minidl.draw(loss, {"x": x, "w": w, "b": b, "loss": loss})
     before = loss.item()
     started = time.perf_counter()
     loss.backward()
@@ -238,9 +247,9 @@ def neuron_explained() -> dict[str, str]:
     assert w.grad is not None and b.grad is not None
     body = textwrap.dedent("".join(inspect.getsourcelines(neuron)[0][1:-1]))
     found = (
-        f"loss.backward()   # {micro:.0f} µs later:\n\n"
-        f"loss    = {before:.4f}\n"
-        f"w.grad  = {np.round(w.grad.numpy(), 4).tolist()}\n"
-        f"b.grad  = {b.grad.item():.4f}"
+        f"loss.backward()   # {micro:.0f} µs\n\n"
+        f"loss    {before:.4f}\n"
+        f"w.grad  [{', '.join(f'{v:.4f}' for v in w.grad.tolist())}]\n"
+        f"b.grad  {b.grad.item():.4f}"
     )
     return {"expression": f"{body}\n{found}", "graph": str(picture)}

@@ -1,0 +1,213 @@
+"""The command line: help, errors in a paragraph, and one small run of each command."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from minidl import cli
+from minidl.data import MNIST
+
+COMMANDS = ["demo", "train", "kernels", "doctor"]
+
+
+def call(*arguments, **environment):
+    """Run a command in this process; its exit code and all that it printed, on one line."""
+    environment = {"COLUMNS": "200", "NO_COLOR": "1", "MINIDL_DATA": None, **environment}
+    result = CliRunner(env=environment).invoke(cli.app, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def call_process(*arguments):
+    result = subprocess.run(
+        [sys.executable, "-m", "minidl", *map(str, arguments)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_the_commands_are_those_that_work():
+    assert sorted(c.callback.__name__ for c in cli.app.registered_commands) == sorted(COMMANDS)
+    code, output = call("--help")
+    assert code == 0
+    assert all(name in output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    code, output = call(command, "--help")
+    assert code == 0
+    assert f"Usage: minidl {command}" in output
+    shorter, _ = call(command, "-h")
+    assert shorter == 0
+
+
+def test_every_option_is_explained():
+    for command in cli.app.registered_commands:
+        for parameter in command.callback.__signature__.parameters.values():
+            (option,) = parameter.annotation.__metadata__
+            assert option.help, f"{command.callback.__name__} --{parameter.name}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "digit"], "no dataset is called 'digit', did you mean 'digits'?"),
+        (["--model", "cnnn"], "no model is called 'cnnn': did you mean 'cnn'?"),
+        (["--optimizer", "sdg"], "did you mean 'sgd'?"),
+        (["--scheduler", "x"], "Choose one of: onecycle, cosine, step, none"),
+        (["--threads", "0"], "--threads is at least 1"),
+        (["--device", "cuda"], "CuPy"),
+        (["--device", "tpu"], "expected 'cpu', 'cuda' or 'cuda:N'"),
+        (["--lr", "-1"], "lr must not be negative"),
+        (["--model", "lenet"], "lenet needs images of at least 12×12"),
+        (["--data", "mnist", "--root", "nowhere"], "the folder nowhere does not exist"),
+        (["--data", "mnist", "--root", "nowhere"], "--download, or --root FOLDER"),
+    ],
+)
+def test_errors_are_a_paragraph(tmp_path, monkeypatch, arguments, message):
+    if "CuPy" in message:
+        monkeypatch.setitem(sys.modules, "cupy", None)
+    code, output = call("train", "--out", tmp_path / "run", *arguments)
+    assert code == 2
+    assert output.startswith("minidl: ") or "minidl: " in output
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [["trane"], ["train", "--epochs", "x"], ["train", "--what"]])
+def test_wrong_usage(arguments):
+    code, _ = call(*arguments)
+    assert code == 2
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    for part in ("train", "t10k"):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + 12 * b"\1")
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(b"")
+    code, output = call("train", "--data", "mnist", "--root", tmp_path, "--out", tmp_path / "run")
+    assert code == 2
+    assert "train-images-idx3-ubyte: truncated" in output and "Traceback" not in output
+
+
+def test_debug_shows_the_traceback():
+    for arguments in (["--debug", "train"], ["train", "--debug"]):
+        code, _, errors = call_process(*arguments, "--data", "nothing")
+        assert code == 2
+        assert "Traceback" in errors and "minidl: no dataset is called 'nothing'" in errors
+    code, _, errors = call_process("train", "--data", "nothing")
+    assert code == 2 and "Traceback" not in errors
+
+
+def test_a_mistake_in_minidl_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "open_data", lambda *_: 1 + "1")
+    with pytest.raises(TypeError):
+        call("train")
+
+
+def test_train_and_resume(tmp_path):
+    out = tmp_path / "a" / "run"
+    options = ["train", "--data", "digits", "--model", "mlp", "--scheduler", "none", "--out", out]
+    code, output = call(*options, "--epochs", "2", "--augment")
+    assert code == 0, output
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in log] == [1, 2]
+    assert log[-1]["test_accuracy"] > 0.8
+    assert f"test accuracy {100 * log[-1]['test_accuracy']:.2f} %" in output
+    assert {p.name for p in out.iterdir()} == {
+        "log.jsonl", "last.safetensors", "best.safetensors", "curves.png",
+    }  # fmt: skip
+
+    code, output = call(*options, "--epochs", "2", "--augment")
+    assert code == 2 and "holds a run already" in output
+    code, output = call(*options, "--epochs", "3", "--no-augment", "--resume")
+    assert code == 2 and "augment was True, now it is False" in output
+    code, output = call(*options, "--epochs", "3", "--augment", "--resume")
+    assert code == 0, output
+    assert len((out / "log.jsonl").read_text().splitlines()) == 3
+    code, output = call(*options, "--epochs", "1", "--overwrite")
+    assert code == 0, output
+    assert len((out / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_more_epochs_are_another_schedule(tmp_path):
+    options = ["train", "--data", "digits", "--model", "linear", "--out", tmp_path]
+    assert call(*options, "--epochs", "1")[0] == 0
+    code, output = call(*options, "--epochs", "2", "--resume")
+    assert code == 2 and "scheduler was 'onecycle over 1 epochs'" in output
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    code, output = call(
+        "train", "--data", "digits", "--model", "mlp", "--optimizer", "sgd", "--lr", "1e30",
+        "--scheduler", "none", "--out", tmp_path,
+    )  # fmt: skip
+    assert code == 1
+    assert "epoch 1" in output and "lower learning rate (--lr)" in output
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "rmsprop"])
+@pytest.mark.parametrize("scheduler", ["onecycle", "cosine", "step", "none"])
+def test_optimizers_and_schedulers_learn(tmp_path, optimizer, scheduler):
+    code, output = call(
+        "train", "--data", "digits", "--model", "linear", "--out", tmp_path,
+        "--optimizer", optimizer, "--scheduler", scheduler, "--epochs", "3",
+    )  # fmt: skip
+    assert code == 0, output
+    accuracy = float(re.search(r"best ([\d.]+) %", output)[1])
+    assert accuracy > 60
+
+
+def test_kernels():
+    code, output = call("kernels")
+    assert code == 0
+    assert "conv2d" in output and "in use" in output
+
+
+def test_doctor(tmp_path):
+    code, output = call("doctor", MINIDL_DATA=str(tmp_path))
+    assert code == 0
+    for word in ("Python", "NumPy", "BLAS", "C++ kernels", "GPU", "MPI", "Spark", "Data"):
+        assert word in output
+    assert str(tmp_path) in output and "360 test images" in output
+    assert "minidl train --data mnist --download" in output
+
+
+def test_doctor_survives_what_it_finds(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise OSError("[Errno 5] a disk that [/dies]")
+
+    monkeypatch.setattr(MNIST, "__init__", broken)
+    monkeypatch.setattr("minidl.doctor.native", None)
+    monkeypatch.setattr("minidl.doctor.why_missing", "no compiler")
+    code, output = call("doctor", MINIDL_DATA=str(tmp_path))
+    assert code == 0
+    assert "a disk that [/dies]" in output and "no compiler" in output and "to mend" in output
+
+
+def test_demo(tmp_path):
+    code, output = call("demo", "--out", tmp_path, "--epochs", "1")
+    assert code == 1  # one epoch does not reach the goal
+    page = (tmp_path / "index.html").read_text()
+    assert "below the 97.5 %" in output and "index.html" in output
+    assert page.count("<svg") > 40
+    assert "</html>" in page
+    # Nothing is fetched from anywhere.
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|\#)""", page)
+    assert not re.search(r"@import|url\((?!data:|#)", page)
+
+
+def test_help_is_quick():
+    """What only the work needs is not imported to say how to call it."""
+    heavy = {"matplotlib", "jinja2", "sklearn", "PIL", "safetensors"}
+    code = f"import minidl.cli, sys; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.strip() == "[]", result.stderr
