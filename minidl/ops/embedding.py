@@ -30,23 +30,33 @@ def _(g, weight_shape, indices):
 
 @op
 def embedding_weight(y: Any, indices: Any, *, rows: int) -> Any:
-    """Add each y to its row of zeros: (*shape, D), shape -> (rows, D).
-
-    The sum of a row is taken in the order of the indices, so its bits are always the same.
-    """
-    indices, y = indices.reshape(-1), y.reshape(indices.size, y.shape[-1])
-    table = backend.array_module(y).zeros((rows, y.shape[1]), dtype=y.dtype)
-    if indices.size:
-        order = indices.argsort(kind="stable")
-        sorted_ = indices[order]
-        starts = np.flatnonzero(np.diff(sorted_, prepend=-1))
-        table[sorted_[starts]] = np.add.reduceat(y[order], starts, axis=0)
-    return table
+    """Add each y to its row of zeros: (*shape, D), shape -> (rows, D)."""
+    xp, d = backend.array_module(y), y.shape[-1]
+    table = xp.zeros(rows * d, dtype=y.dtype)
+    xp.add.at(table, (indices[..., None] * d + xp.arange(d)).reshape(-1), y.reshape(-1))
+    return table.reshape(rows, d)
 
 
 @embedding_weight.gradient
 def _(g, indices, *, rows):
     return embedding(g, indices), None
+
+
+def in_order(y: Any, indices: Any, *, rows: int) -> Any:
+    """Sort, then sum each row's run: on a GPU, where `add.at` adds in any order, always the same
+    bits."""
+    indices, y = indices.reshape(-1), y.reshape(indices.size, y.shape[-1])
+    table = backend.array_module(y).zeros((rows, y.shape[1]), dtype=y.dtype)
+    if indices.size:
+        order = indices.argsort(kind="stable")
+        ordered = indices[order]
+        starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+        table[ordered[starts]] = np.add.reduceat(y[order], starts, axis=0)
+    return table
+
+
+embedding_weight.kernel("sorted", default=False)(in_order)
+embedding_weight.kernel("sorted", device="cuda")(in_order)
 
 
 def check_indices(indices: Any, rows: int) -> None:

@@ -28,10 +28,10 @@ def flat(x: Any) -> Any:
 
 def project(x: Any, w: Any, *biases: Any) -> Any:
     """x wᵀ + b for all steps: (T,N,D), (K,D) -> (T,N,K)."""
+    given = [b for b in biases if b is not None]
     y = flat(x) @ w.T
-    for b in biases:
-        if b is not None:
-            y = y + b
+    if given:
+        y = y + sum(given)
     return y.reshape((x.shape[0], x.shape[1], w.shape[0]))
 
 
