@@ -7,6 +7,7 @@ T = TypeVar("T", float32, float64)
 Pair: TypeAlias = tuple[int, int]
 
 version: str
+sanitizer: str
 
 def conv2d(
     x: NDArray[T],

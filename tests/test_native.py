@@ -385,6 +385,10 @@ a = np.random.default_rng(0).standard_normal((300, 300), np.float32)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+@pytest.mark.skipif(
+    "libtsan" in os.environ.get("LD_PRELOAD", ""),
+    reason="ThreadSanitizer does not support new threads after fork()",
+)
 def test_fork() -> None:
     """A forked child has no worker threads; it makes its own, also in the middle of other work."""
     code = (
@@ -462,6 +466,11 @@ assert len(said) == 1, said
 def test_keep_memory() -> None:
     done = run("from minidl import _native; print(_native.keep_memory())")
     assert done.stdout in ("True\n", "False\n"), done.stderr
+
+
+@pytest.mark.skipif("MINIDL_SANITIZE" not in os.environ, reason="for tools/sanitize.sh")
+def test_the_sanitizer_is_on() -> None:
+    assert _native.sanitizer == os.environ["MINIDL_SANITIZE"]
 
 
 # ---- Bad arguments --------------------------------------------------------------------------

@@ -42,8 +42,9 @@ cxx=${CXX:-c++}
 export LD_PRELOAD="$("$cxx" -print-file-name=$library) $("$cxx" -print-file-name=libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1
 export UBSAN_OPTIONS=print_stacktrace=1
-export TSAN_OPTIONS=halt_on_error=1:suppressions=$root/tools/tsan.supp
+export TSAN_OPTIONS=halt_on_error=1
 export OPENBLAS_NUM_THREADS=1
+export MINIDL_SANITIZE=$sanitizer  # a test looks whether it really runs the module built here
 export PYTHONPATH=$build/package PYTHONDONTWRITEBYTECODE=1
 cd "$build"
 # --import-mode=append: tests/ is a package, and pytest would put the checkout, with its ordinary

@@ -363,6 +363,7 @@ bool keep_memory() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "minidl's kernels in C++; csrc/README.md tells how they work.";
   m.attr("version") = MINIDL_VERSION;
+  m.attr("sanitizer") = MINIDL_SANITIZE;  // the one it was built with, or ""
 
   const auto x = py::arg("x").noconvert(), w = py::arg("w").noconvert();
   const auto g = py::arg("g").noconvert();
