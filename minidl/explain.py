@@ -81,6 +81,7 @@ class Value:
     shape: tuple[int, ...]
     text: str
     image: str = ""  # a picture of it, as a data: address
+    part: str = ""  # what of it the picture shows, if not all
 
 
 @dataclass
@@ -335,7 +336,7 @@ class Explanation:
             svg=self.graph.svg(rows=60),
             least=round(0.7 * self.graph.width),
             program=list(program.values()),
-            where=where,
+            nice=nice,
             INFERRED=INFERRED,
             NOT_KEPT=NOT_KEPT,
         )
@@ -365,7 +366,7 @@ def short(array: Any) -> Value:
     array = np.asarray(backend.to_device(array, "cpu"))
     if array.size <= 8:
         text = np.array2string(array, precision=4, separator=", ").replace("\n", "")
-        return Value(array.shape, " ".join(text.split()), picture(array))
+        return Value(array.shape, " ".join(text.split()), *picture(array))
     first = ", ".join(f"{v:.4g}" for v in array.ravel()[:4])
     text = f"[{first}, …]"
     if array.dtype.kind == "f":
@@ -376,16 +377,22 @@ def short(array: Any) -> Value:
             text += f", {array.size - finite.size} not finite"
     else:
         text += f" from {array.min()} to {array.max()}"
-    return Value(array.shape, text, picture(array))
+    return Value(array.shape, text, *picture(array))
 
 
-def picture(array: np.ndarray) -> str:
-    """A small array as a picture: blue below zero, orange above, grey at zero."""
+def picture(array: np.ndarray) -> tuple[str, str]:
+    """A small array as a picture: blue below zero, orange above, grey at zero; and which part."""
     if array.size < 2 or array.dtype.kind not in "fiu":
-        return ""
-    while array.ndim > 2:
-        array = array[0]
-    array = np.atleast_2d(array)[:32, :32].astype(np.float64)
+        return "", ""
+    part = ""
+    array = array.squeeze()
+    if array.ndim > 2:
+        part = f"the first of {' × '.join(map(str, array.shape[:-2]))} planes"
+        array = array[(0,) * (array.ndim - 2)]
+    array = np.atleast_2d(array)
+    if max(array.shape) > 32:
+        part = f"the first 32 × 32 of {part or ' × '.join(map(str, array.shape))}"
+    array = array[:32, :32].astype(np.float64)
     finite = np.abs(array[np.isfinite(array)])
     x = np.nan_to_num(array / (finite.max(initial=0) or 1.0), posinf=1, neginf=-1)[..., None]
     grey, orange, blue = (np.array(c) for c in ((128, 132, 138), (255, 150, 20), (40, 120, 255)))
@@ -394,7 +401,7 @@ def picture(array: np.ndarray) -> str:
 
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(), part
 
 
 def text_of(function: Any) -> str:
