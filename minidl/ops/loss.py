@@ -105,7 +105,7 @@ def _(g, x, target, *, weight, ignore_index, reduction, label_smoothing):
     """d loss_n / dx = p_n Σ_c q_nc - q_n."""
     q, total = wanted(target, weight, x.shape, x.dtype, ignore_index, label_smoothing)
     if reduction == "mean":
-        g = g / np.where(total == 0, 1, total)  # all labels ignored: the loss is NaN, its gradient 0
+        g = g / np.where(total == 0, 1, total)  # none counted: loss NaN, gradient 0
     elif reduction == "none":
         g = g.reshape((x.shape[0], 1, *x.shape[2:]))
     return g * (softmax(x, dim=1) * q.sum(axis=1, keepdims=True) - q), None
