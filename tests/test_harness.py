@@ -93,6 +93,17 @@ def test_a_wrong_kernel_is_caught(name: str) -> None:
             assert caught, f"{name}: kernel {kernel.name!r} times 1.001"
 
 
+def test_empty_inputs_are_tried() -> None:
+    """The length of a batch is free to change in nearly every op."""
+    tried = {
+        case.op.name
+        for case in reg.DIFFERENTIABLE.values()
+        if case.inputs[case.floats[0]].ndim and test_ops.check_empty(case, 0, case.floats[:1])
+    }
+    assert {"relu", "conv2d", "linear", "mean", "softmax", "standardize", "rnn"} <= tried
+    assert len(tried) > len({case.op.name for case in reg.DIFFERENTIABLE.values()}) / 2
+
+
 def test_every_gradient_is_tried() -> None:
     """For each op, some sample has a gradient that is not zero."""
     tried = {
@@ -115,7 +126,7 @@ def test_a_wrong_unbroadcast_is_caught(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+def scratch() -> Iterator[None]:
     """Ops defined in the test are forgotten after it."""
     before = dict(registry)
     yield
@@ -236,6 +247,41 @@ class TestBadOps:
 
         with fails("float32 in, float64 out"):
             test_ops.test_dtype(case_of(promote), "float32")
+
+    def test_rule_differs_on_tensors(self) -> None:
+        @op
+        def triple(x):
+            return x * 3.0
+
+        @triple.gradient
+        def _(g):
+            return (g * (3.0 + 1e-15 * isinstance(g, Tensor)),)
+
+        @triple.samples
+        def _(rng):
+            yield sample(rng.normal(size=3))
+
+        with fails("a rule that knows whether it is recorded"):
+            test_ops.test_arrays_are_tensors(case_of(triple))
+
+    def test_one_array_for_two_gradients(self) -> None:
+        @op
+        def double_sum(x, y):
+            return 2.0 * (x + y)
+
+        @double_sum.gradient
+        def _(g):
+            h = 2.0 * g
+            return h, h
+
+        @double_sum.samples
+        def _(rng):
+            yield sample(rng.normal(size=3), rng.normal(size=3))
+
+        with fails("one array for two gradients"):
+            test_ops.test_rule_returns_no_saved_array(case_of(double_sum))
+        with fails("one array for two gradients"):
+            test_ops.test_gradients_share_no_memory(case_of(double_sum))
 
     def test_saved_array_as_gradient(self) -> None:
         @op

@@ -34,7 +34,7 @@ from tests.registry import (
 # Bounds, in units of max |expected|. The samples are small, so rounding stays at a few hundred ulp
 # at most; a factor of 1.001 is far outside (see test_harness).
 EXACT = 1e-12  # float64, the same numbers added in another order
-SINGLE = {"float64": EXACT, "float32": 64 * 2.0**-23, "float16": 4 * 2.0**-10}
+OF_KERNELS = {"float64": EXACT, "float32": 64 * 2.0**-23, "float16": 4 * 2.0**-10}
 
 
 @every_op
@@ -112,41 +112,47 @@ def test_broadcast_g(case: Case) -> None:
 @every_case
 def test_empty(case: Case) -> None:
     """An input dimension of 0: the right shapes or a clear error."""
-    for axis in range(max((case.inputs[i].ndim for i in case.floats[:1]), default=0)):
-        length = case.inputs[case.floats[0]].shape[axis]
+    first = case.inputs[case.floats[0]] if case.floats else np.zeros(())
+    for axis, length in enumerate(first.shape):
         sharing = [
             i
             for i, x in enumerate(case.inputs)
             if isinstance(x, np.ndarray) and x.ndim > axis and x.shape[axis] == length
         ]
-        for along in (sharing, case.floats[:1]):
+        check_empty(case, axis, sharing)
+        check_empty(case, axis, case.floats[:1])
 
-            def of_length(n: int, axis: int = axis, along: list[int] = along) -> Case:
-                inputs = [
-                    reg.with_length(x, axis, n) if i in along else x
-                    for i, x in enumerate(case.inputs)
-                ]
-                return case._replace(inputs=tuple(inputs))
 
-            try:
-                others = [reg.outcome(of_length(n)) for n in (2, 3, 4, 5)]
-            except Exception:
-                continue  # this length is not free: a weight's, a setting's
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing
-                    empty = reg.outcome(of_length(0))
-            except (ValueError, IndexError, RuntimeError) as error:
-                assert str(error)
-                continue
-            for a, *bs in zip(empty, *others, strict=True):
-                if a is not None:
-                    two, *steps = np.diff([b.shape for b in bs], axis=0, prepend=0)
-                    line = np.maximum(two - 2 * steps[0], 0)
-                    if np.ptp(steps, axis=0).any():  # not linear in the length: strided windows
-                        assert a.ndim == len(line)
-                    else:
-                        assert a.shape == tuple(line)
+def check_empty(case: Case, axis: int, which: list[int]) -> bool:
+    """Give some inputs length 0 along an axis; False if that length is not free to change.
+
+    The shapes expected are read off the lengths 2 to 5: a line through them ends at 0.
+    """
+
+    def of_length(n: int) -> list[Any]:
+        inputs = list(case.inputs)
+        for i in which:
+            inputs[i] = reg.with_length(inputs[i], axis, n)
+        return reg.outcome(case._replace(inputs=tuple(inputs)))
+
+    try:
+        others = [of_length(n) for n in (2, 3, 4, 5)]
+    except Exception:
+        return False  # a weight's length, or a setting's
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing
+            empty = of_length(0)
+    except (ValueError, IndexError, RuntimeError) as error:
+        assert str(error)
+        return True
+    for a, *bs in zip(empty, *others, strict=True):
+        if a is not None:
+            two, *steps = np.diff([b.shape for b in bs], axis=0, prepend=0)
+            assert a.ndim == len(two)
+            if not np.ptp(steps, axis=0).any():  # else there is no line: windows with a stride
+                assert a.shape == tuple(np.maximum(two - 2 * steps[0], 0))
+    return True
 
 
 @every_case_with_floats
@@ -183,9 +189,11 @@ def check_scalar(case: Case, i: int, scalar: Any) -> None:
 
 
 ELEMENTWISE = {  # of several inputs that broadcast together
-    name: reg.CASES[f"{name}-0"]
-    for name, f in reg.OPS.items()
-    if f.__module__ == "minidl.ops.elementwise" and len(reg.CASES[f"{name}-0"].floats) > 1
+    name: case
+    for name, case in reg.CASES.items()
+    if case.function.__module__ == "minidl.ops.elementwise"
+    and name.endswith("-0")
+    and len(case.floats) > 1
 }
 
 
@@ -222,7 +230,7 @@ def test_kernels(case: Case) -> None:
             actual = np.asarray(kernel.function(*call.map(layout).inputs, **kwargs))
             if actual.dtype.kind == "f":
                 assert actual.dtype == dtype
-            reg.assert_close(actual, expected, SINGLE[dtype])
+            reg.assert_close(actual, expected, OF_KERNELS[dtype])
 
 
 @every_op
