@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 # As in github.com/pytorch/examples/tree/main/mnist.
-SCRIPT = '''
+SCRIPT = """
 import argparse
 import torch
 import torch.nn as nn
@@ -150,7 +150,7 @@ def main():
 
 if __name__ == '__main__':
     main()
-'''
+"""
 
 IMPORTS = {
     "import torch": "import minidl as torch",

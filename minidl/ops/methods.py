@@ -252,14 +252,10 @@ class Methods:
     ) -> Tensor:  # fmt: skip
         """The square root of `var`."""
         return reduce.safe_sqrt(
-            self.var(
-                dim, unbiased, keepdim, correction=correction, axis=axis, keepdims=keepdims
-            )
+            self.var(dim, unbiased, keepdim, correction=correction, axis=axis, keepdims=keepdims)
         )
 
-    def norm(
-        self, p: Any = 2, dim: Dim = None, keepdim: builtins.bool = False
-    ) -> Tensor:
+    def norm(self, p: Any = 2, dim: Dim = None, keepdim: builtins.bool = False) -> Tensor:
         """(Σ |x|ᵖ)^(1/p)."""
         return reduce.norm(self, p=p, dim=axes(dim), keepdim=keepdim)
 
@@ -618,9 +614,7 @@ class Methods:
     def uniform_(self, low: builtins.float = 0.0, high: builtins.float = 1.0) -> Tensor:
         """Uniform random numbers in [low, high), from minidl's generator."""
         numbers = random.generator().random(self.shape, np.float32)
-        return self.write_(
-            backend.to_device(numbers * (high - low) + low, self.device), "uniform_"
-        )
+        return self.write_(backend.to_device(numbers * (high - low) + low, self.device), "uniform_")
 
     if TYPE_CHECKING:  # what Tensor itself has
         array: Any

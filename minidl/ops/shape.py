@@ -194,9 +194,7 @@ def _(g, index, *, dim, shape):
 def within(x, index, dim):
     """x, cut to index's lengths in all dimensions but one (as PyTorch's gather reads it)."""
     dim = dim % max(x.ndim, 1)
-    if x.ndim != index.ndim or any(
-        index.shape[d] > x.shape[d] for d in range(x.ndim) if d != dim
-    ):
+    if x.ndim != index.ndim or any(index.shape[d] > x.shape[d] for d in range(x.ndim) if d != dim):
         raise ValueError(
             f"gather: index has shape {index.shape}, x {x.shape}: they need as many dimensions, "
             f"and index may be longer in dimension {dim} only"
@@ -339,5 +337,3 @@ def _(rng):
     index = rng.integers(0, 4, size=(3, 6))
     yield sample(rng.normal(size=(3, 6)), index, dim=1, shape=(3, 4))
     yield sample(rng.normal(size=(2, 2)), rng.integers(0, 3, size=(2, 2)), dim=0, shape=(3, 4))
-
-

@@ -68,9 +68,7 @@ def _(x, *, shifts, dims):
     by = dict.fromkeys(range(x.ndim), 0)
     for shift, dim in pairs:
         by[dim % x.ndim] += shift
-    return moved(
-        x.shape, lambda at: x[tuple((i - by[d]) % x.shape[d] for d, i in enumerate(at))]
-    )
+    return moved(x.shape, lambda at: x[tuple((i - by[d]) % x.shape[d] for d, i in enumerate(at))])
 
 
 @loops("tril")
