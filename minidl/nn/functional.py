@@ -23,12 +23,13 @@ from minidl.ops import dropout as dropout_op
 from minidl.ops import embedding as embedding_op
 from minidl.ops import rnn as rnn_op
 from minidl.ops import softmax as softmax_op
-from minidl.ops.elementwise import clamp, exp, log, sigmoid, tanh, where
+from minidl.ops.elementwise import clamp, exp, log, where
 from minidl.ops.elementwise import softplus as log_1_exp
 from minidl.ops.norm import standardize
 from minidl.tensor import Tensor, raw
 
 Size = int | Sequence[int]
+INTEGER = (int, np.integer)
 
 __all__ = [
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm",
@@ -50,10 +51,12 @@ def pair(name: str, value: Size, least: int = 0) -> tuple[int, int]:
     Raises:
         ValueError: not one or two integers of at least `least`.
     """
-    two = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(two) != 2 or not all(isinstance(n, int | np.integer) and n >= least for n in two):
-        raise ValueError(f"{name} is an int of at least {least} or two of them, got {value!r}")
-    return int(two[0]), int(two[1])
+    two = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(two) == 2:
+        a, b = two
+        if isinstance(a, INTEGER) and isinstance(b, INTEGER) and a >= least and b >= least:
+            return int(a), int(b)
+    raise ValueError(f"{name} is an int of at least {least} or two of them, got {value!r}")
 
 
 def with_batch(name: str, input: Tensor, ndim: int, what: str) -> tuple[Tensor, bool]:
@@ -74,12 +77,15 @@ def check_alike(name: str, input: Tensor, **others: Any) -> None:
         TypeError: which is not, and what to do.
     """
     for other, x in others.items():
-        if x is not None and x.dtype != input.dtype:
+        if x is None:
+            continue
+        if x.dtype != input.dtype:
             raise TypeError(
                 f"{name}: input is {input.dtype}, {other} is {x.dtype}; convert one of them, "
                 f"input.to({other}.dtype)"
             )
-        if x is not None and x.device != input.device:
+        on_cpu = isinstance(x.array, np.ndarray) and isinstance(input.array, np.ndarray)
+        if not on_cpu and x.device != input.device:
             raise TypeError(
                 f"{name}: input is on {input.device}, {other} on {x.device}; move one of them, "
                 f"input.to({other}.device)"
@@ -394,7 +400,7 @@ def avg_pool2d(
 
 def target_size(name: str, input: Tensor, output_size: Any) -> tuple[int, int]:
     """None in an output size means: as the input."""
-    two = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    two = output_size if isinstance(output_size, tuple | list) else (output_size, output_size)
     if len(two) != 2:
         raise ValueError(f"{name}: output_size is one number or two, got {output_size!r}")
     full = [n if wanted is None else wanted for n, wanted in zip(input.shape[-2:], two)]
@@ -427,6 +433,16 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(x, 0)."""
     return elementwise.relu(input)
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    """σ(x) = 1 / (1 + exp(-x))."""
+    return elementwise.sigmoid(input)
+
+
+def tanh(input: Tensor) -> Tensor:
+    """(exp(x) - exp(-x)) / (exp(x) + exp(-x))."""
+    return elementwise.tanh(input)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -594,7 +610,7 @@ def rescale(input: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, ep
 
 def follow(running: Tensor, batch: Any, momentum: float) -> None:
     """running ← (1 - momentum) running + momentum batch, in place."""
-    running.detach().copy_(Tensor(running.array * (1 - momentum) + batch * momentum))
+    running.write_(running.array * (1 - momentum) + batch * momentum, "batch_norm")
 
 
 def layer_norm(

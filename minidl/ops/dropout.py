@@ -23,7 +23,7 @@ def dropout(x: Any, *, p: float, key: Key, mask_shape: tuple[int, ...] | None = 
     """
     shape = x.shape if mask_shape is None else mask_shape
     keep = uniform(key, math.prod(shape)).reshape(shape) >= p
-    scale = float(1 / (1 - p)) if p < 1 else 0.0
+    scale = float(1 / (1 - p)) if p < 1 else 1.0  # of p = 1 nothing is kept
     return np.where(backend.to_device(keep, backend.device_name(x)), x * scale, 0)
 
 
