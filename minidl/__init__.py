@@ -67,7 +67,7 @@ from minidl.tensor import (
 )
 
 if TYPE_CHECKING:
-    from minidl import cuda, data, models, nn, optim, utils
+    from minidl import accelerator, backends, cuda, data, models, nn, optim, utils
     from minidl.serialization import load, save
 
     __version__: str
@@ -174,6 +174,7 @@ __all__ = [
     "Tensor",
     "__version__",
     "abs",
+    "accelerator",
     "add",
     "all",
     "allclose",
@@ -186,6 +187,7 @@ __all__ = [
     "argsort",
     "as_tensor",
     "autograd",
+    "backends",
     "bmm",
     "bool",
     "bool_",
