@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -57,7 +58,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise
         except Interrupted as stop:
             arguments = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
-            say_error(f"{stop}. Go on with:\n\n  minidl {' '.join(arguments)} --resume", "stopped")
+            say_error(
+                f"{stop}. Go on with:\n\n  minidl {shlex.join(arguments)} --resume", "stopped"
+            )
             raise typer.Exit(128 + stop.signum) from None
         except KeyboardInterrupt:
             say_error("by Ctrl-C", "stopped")

@@ -63,7 +63,7 @@ def the_basics() -> Iterator[Finding]:
     yield Finding("good", "Python", f"{platform.python_version()} ({sys.executable})")
     yield Finding("good", "machine", f"{platform.system()} {platform.machine()}, {cores} cores")
     yield Finding("good", "minidl", f"{minidl.__version__} ({Path(minidl.__file__).parent})")
-    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})  # type: ignore[union-attr, call-overload]
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     blas_name = f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
     yield Finding("good", "NumPy", f"{np.__version__}, BLAS: {blas_name}")
     needed = ("safetensors", "pillow", "rich", "typer", "matplotlib", "jinja2", "scikit-learn")

@@ -56,7 +56,8 @@ def chart(
         goal: a value to mark by a dashed line.
     """
     width, height, left, right, top, bottom = 480, 270, 44, 62, 10, 34
-    values = [v for line in lines.values() for v in line if not log or v > 0] + [goal] * bool(goal)
+    values = [v for line in lines.values() for v in line if not log or v > 0]
+    values += [] if goal is None else [goal]
     count = max(len(line) for line in lines.values())
     scale = math.log10 if log else float
     ticks = log_ticks(min(values), max(values)) if log else linear_ticks(min(values), max(values))
