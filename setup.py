@@ -83,7 +83,10 @@ class BuildWithCMake(build_ext):
             failed = run(configure)
         failed = failed or run([cmake, "--build", str(build), "--parallel"])
         if failed:
-            return f"Compiling the C++ kernels failed. What the compiler said:\n\n{failed}"
+            return (
+                "Compiling the C++ kernels failed (`python -m minidl.backend.native` shows the "
+                f"compiler's words); mend that and install minidl again.\n{failed}"
+            )
         for library in output.glob("_native.*"):
             shutil.copy2(library, target)
         return None

@@ -1,7 +1,8 @@
 """The C++ kernels, if this installation has them.
 
-`native` is the module `minidl._native`, or None; then `why_missing` says what is missing and how to
-get it. Nobody is told at import: `report_missing()` does so, once, for whoever looks for a kernel.
+`native` is the module `minidl._native`, or None; then `why_missing` says, in one line, what is
+missing and how to get it. Nobody is told at import: `report_missing()` does so, once and in full,
+for whoever looks for a kernel.
 The environment variable MINIDL_NO_NATIVE=1 makes minidl run without them, on NumPy.
 """
 
@@ -16,6 +17,7 @@ __all__ = ["native", "report_missing", "why_missing"]
 
 native: ModuleType | None = None
 why_missing: str | None = None
+_in_full = ""  # what the compiler said, if it failed
 
 if os.environ.get("MINIDL_NO_NATIVE", "0") not in ("", "0"):
     why_missing = "the C++ kernels are switched off by MINIDL_NO_NATIVE; unset it to use them"
@@ -26,7 +28,7 @@ else:
         # What setup.py wrote down when it could not build the module.
         record = Path(__file__).parents[1] / "_native_missing.txt"
         if record.exists():
-            why_missing = record.read_text(encoding="utf-8").strip()
+            why_missing, _, _in_full = record.read_text(encoding="utf-8").strip().partition("\n")
         else:
             why_missing = (
                 f"the C++ kernels are not built ({error}); with a C++ compiler at hand, "
@@ -44,4 +46,9 @@ def report_missing() -> None:
     global _reported
     if why_missing is not None and not _reported:
         _reported = True
-        warnings.warn(f"minidl runs on NumPy alone: {why_missing}", RuntimeWarning, stacklevel=2)
+        message = f"minidl runs on NumPy alone: {why_missing}\n{_in_full}".strip()
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+if __name__ == "__main__":
+    print(f"{why_missing}\n{_in_full}" if native is None else f"{native.__file__}: {native.isa()}")
