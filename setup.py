@@ -84,8 +84,8 @@ class BuildWithCMake(build_ext):
         failed = failed or run([cmake, "--build", str(build), "--parallel"])
         if failed:
             return (
-                "Compiling the C++ kernels failed (`python -m minidl.backend.native` shows the "
-                f"compiler's words); mend that and install minidl again.\n{failed}"
+                "Compiling the C++ kernels failed; minidl/_native_missing.txt has the compiler's "
+                f"words. Mend that and install minidl again.\n{failed}"
             )
         for library in output.glob("_native.*"):
             shutil.copy2(library, target)

@@ -48,7 +48,3 @@ def report_missing() -> None:
         _reported = True
         message = f"minidl runs on NumPy alone: {why_missing}\n{_in_full}".strip()
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-if __name__ == "__main__":
-    print(f"{why_missing}\n{_in_full}" if native is None else f"{native.__file__}: {native.isa()}")
