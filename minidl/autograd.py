@@ -229,10 +229,13 @@ def walk(
     retain_graph: bool,
     create_graph: bool,
 ) -> dict[Any, Any]:
-    """Walk the tape back from outputs, every node after all that use it (Kahn 1962).
+    """Walk the tape back from outputs, from the youngest node to the oldest.
 
-    Without recursion, so that depth is no matter. With targets (edges), only the way to them is
-    walked, and their gradients are returned; without, gradients end in the leaves' `.grad`.
+    A node is younger than its inputs, so it comes after all that use it, and its gradient is
+    complete. A leaf is done when the last of its uses is: its gradient goes to `.grad` at once,
+    while the walk goes on. There is no recursion, so depth is no matter.
+
+    With targets (edges), only the way to them is walked, and their gradients are returned.
     """
     total: dict[Any, Any] = {}  # edge -> the gradient that has arrived so far
     for output, gradient in zip(outputs, gradients, strict=True):
@@ -247,58 +250,66 @@ def walk(
             g = copy(g)
         total[edge] = total[edge] + g if edge in total else g
 
-    nodes, pending = explore(total)
+    nodes, uses = explore(total)
+    useful: set[Any] | None = None  # None: all edges
     if targets is not None:
-        pending = narrow(nodes, pending, total, targets)
+        useful = on_the_way(nodes, targets)
+        nodes = [node for node in nodes if node in useful]
     found: dict[Any, Any] = dict.fromkeys(targets or ())
 
-    ready = [edge for edge, uses in pending.items() if uses == 0]
+    def complete(leaf: Tensor) -> None:
+        if leaf in total:
+            g = total.pop(leaf)
+            if leaf.hooks:
+                g = call_hooks(leaf, g)
+            if targets is None:
+                accumulate(leaf, g)
+            elif leaf in found:
+                found[leaf] = g
+
     recording, mode.enabled = mode.enabled, create_graph
     try:
-        while ready:
-            at = ready.pop()
-            g = total.pop(at, None)
-            if g is not None:
-                if at.hooks:
-                    g = call_hooks(at, g)
-                if at in found:
-                    found[at] = g
-                elif type(at) is not Node and targets is None:
-                    accumulate(at, g)
-            if type(at) is not Node:
-                continue
-
-            edges = at.edges
-            if targets is not None and pending.keys().isdisjoint(edges):
-                continue  # a target, and nothing of interest behind it
+        for leaf in [leaf for leaf, n in uses.items() if n == 0]:
+            complete(leaf)
+        for node in nodes:
+            g = total.pop(node, None)
+            edges = node.edges
+            if g is not None and node.hooks:
+                g = call_hooks(node, g)
+            if node in found:
+                found[node] = g
+                if useful is not None and useful.isdisjoint(edges):
+                    continue  # nothing of interest behind it
             if g is None:
                 arrived: Any = [None] * len(edges)
             elif create_graph:
-                arrived = at.op.rule(g, *at.op.arguments(at), **at.kwargs)  # type: ignore[misc]
+                arrived = node.op.rule(g, *node.op.arguments(node), **node.kwargs)  # type: ignore[misc]
             else:
-                arrived = at.op.rule(g, *at.saved, **at.kwargs)  # type: ignore[misc]
+                arrived = node.op.rule(g, *node.saved, **node.kwargs)  # type: ignore[misc]
 
             for edge, gx in zip(edges, arrived):
-                uses = pending.get(edge)
-                if uses is None:  # a constant, or not on the way to a target
+                if edge is None or (useful is not None and edge not in useful):
                     continue
                 if type(gx) is FunctionType:
                     gx = gx()
+                if type(edge) is Node:
+                    if gx is not None:
+                        if gx.shape != edge.shape:
+                            gx = unbroadcast(gx, edge.shape)
+                        total[edge] = total[edge] + gx if edge in total else gx
+                    continue
                 if gx is not None:
-                    if gx.shape != edge.shape:
+                    if gx.shape != edge.array.shape:
                         gx = unbroadcast(gx, edge.shape)
                     if edge in total:
                         total[edge] = total[edge] + gx
-                    elif type(edge) is Node:
-                        total[edge] = gx
                     else:
                         total[edge] = gx if gx is not g and is_own(gx) else copy(gx)
-                if uses == 1:
-                    ready.append(edge)
-                else:
-                    pending[edge] = uses - 1
+                uses[edge] -= 1
+                if not uses[edge]:
+                    complete(edge)
             if not retain_graph:
-                at.saved, at.edges = None, ()
+                node.saved, node.edges = None, ()
     finally:
         mode.enabled = recording
     return found
@@ -324,13 +335,14 @@ def first_gradient(output: Tensor, gradient: Any, create_graph: bool) -> Any:
     return Tensor(gradient) if create_graph and not isinstance(gradient, Tensor) else gradient
 
 
-def explore(roots: dict[Any, Any]) -> tuple[list[Node], dict[Any, int]]:
-    """All nodes behind some edges, and how many inputs each node and leaf there is used as.
+def explore(roots: dict[Any, Any]) -> tuple[list[Node], dict[Tensor, int]]:
+    """All nodes behind some edges, the youngest first, and how often each leaf there is used.
 
     Everything that can be refused is refused here, before anything is lost.
     """
-    pending = dict.fromkeys(roots, 0)
-    nodes = [edge for edge in pending if type(edge) is Node]
+    nodes = [edge for edge in roots if type(edge) is Node]
+    uses = {edge: 0 for edge in roots if type(edge) is not Node}
+    seen = set(nodes)
     for node in nodes:  # grows as we go
         if node.saved is None:
             raise RuntimeError(
@@ -342,32 +354,23 @@ def explore(roots: dict[Any, Any]) -> tuple[list[Node], dict[Any, int]]:
         if node.number < last_write and type(node.saved) is list:
             check_unchanged(node)
         for edge in node.edges:
-            if edge is None:
-                continue
-            if edge in pending:
-                pending[edge] += 1
-            else:
-                pending[edge] = 1
-                if type(edge) is Node:
+            if type(edge) is Node:
+                if edge not in seen:
+                    seen.add(edge)
                     nodes.append(edge)
-    return nodes, pending
+            elif edge is not None:
+                uses[edge] = uses.get(edge, 0) + 1
+    nodes.sort(key=attrgetter("number"), reverse=True)
+    return nodes, uses
 
 
-def narrow(
-    nodes: list[Node], pending: dict[Any, int], roots: dict[Any, Any], targets: Sequence[Any]
-) -> dict[Any, int]:
-    """Of what `explore` found, only what lies on the way to the targets."""
-    useful = set(targets).intersection(pending)
-    for node in sorted(nodes, key=attrgetter("number")):  # inputs come before their users
+def on_the_way(nodes: list[Node], targets: Sequence[Any]) -> set[Any]:
+    """The targets, and those of the nodes (the youngest first) that lead to them."""
+    useful = set(targets)
+    for node in reversed(nodes):  # inputs come before their users
         if not useful.isdisjoint(node.edges):
             useful.add(node)
-    narrowed = {edge: 0 for edge in pending if edge in useful}
-    for node in nodes:
-        if node in useful:
-            for edge in node.edges:
-                if edge in useful:
-                    narrowed[edge] += 1
-    return narrowed
+    return useful
 
 
 def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:

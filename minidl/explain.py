@@ -139,8 +139,7 @@ class Explanation:
                 "nothing to explain: this tensor does not require a gradient, so nothing that it "
                 "was computed from was recorded"
             )
-        nodes, pending = explore(total)
-        nodes.sort(key=lambda node: node.number, reverse=True)
+        nodes, uses = explore(total)
         self.count = len(nodes)
         self.name = self.names.get(id(tensor.node or tensor), "the result")
         self.lines = infer(tensor.node, nodes, frame) if tensor.node is not None else {}
@@ -154,26 +153,21 @@ class Explanation:
         before = {segment: segment.saved for segment in segments}
         try:
             with no_grad():
-                self.walk(total, pending, limit)
+                self.walk(total, nodes, uses, limit)
         finally:
             for segment, saved in before.items():
                 segment.saved = saved
         del self.values
 
-    def walk(self, total: dict[Any, Any], pending: dict[Any, int], limit: int | None) -> None:
+    def walk(
+        self, total: dict[Any, Any], nodes: list[Node], uses: dict[Tensor, int], limit: int | None
+    ) -> None:
         """See `minidl.autograd.walk`."""
-        ready = [edge for edge, uses in pending.items() if uses == 0]
         number_of: dict[int, int] = {}
-        while ready:
-            at = ready.pop()
+        for leaf in [leaf for leaf, n in uses.items() if n == 0]:
+            self.complete(leaf, total)
+        for at in nodes[:limit]:
             g = total.pop(at, None)
-            if type(at) is not Node:
-                if g is not None:
-                    from_ = self.sent.get(id(at), [])
-                    self.leaves.append((self.call(at), self.key(at), short(g), from_))
-                continue
-            if limit is not None and len(self.steps) >= limit:
-                break
             step = self.step(at, g)
             self.steps.append(step)
             number_of[id(at)] = step.number
@@ -181,7 +175,7 @@ class Explanation:
             if g is not None and at.op.rule is not None:
                 arrived = at.op.rule(g, *at.saved, **at.kwargs)
             for flow, edge, gx in zip(step.flows, at.edges, arrived):
-                if edge not in pending:  # a constant
+                if edge is None:  # a constant
                     lazy = type(gx) is FunctionType
                     flow.notes.append(
                         "a constant: "
@@ -213,14 +207,20 @@ class Explanation:
                         )
                     else:
                         total[edge] = gx
-                pending[edge] -= 1
-                if pending[edge] == 0:
-                    ready.append(edge)
+                if type(edge) is not Node:
+                    uses[edge] -= 1
+                    if not uses[edge]:
+                        self.complete(edge, total)
         for step in self.steps:
             for flow in step.flows:
                 if flow.node is not None:
                     n = number_of.get(id(flow.node))
                     flow.to += f", step {n}" if n else ", a later step"
+
+    def complete(self, leaf: Tensor, total: dict[Any, Any]) -> None:
+        if leaf in total:
+            from_ = self.sent.get(id(leaf), [])
+            self.leaves.append((self.call(leaf), self.key(leaf), short(total.pop(leaf)), from_))
 
     def step(self, node: Node, g: Any) -> Step:
         """What can be said of a node before its rule runs."""

@@ -210,6 +210,7 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
     # `call` is the hottest code of the library, hence: local names, no helper functions, and
     # Tensors and Nodes filled in place of a constructor call.
     new, table, kernels = object.__new__, this.table, this.kernels
+    ndarray, generic = np.ndarray, np.generic
     keeps_inputs = False
     picks: list[Callable[[Any, list[Any]], Any]] = []  # what the tape keeps of a call
 
@@ -232,7 +233,7 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
 
         if traced:
             if scalars:  # np.float64(2) * float32 stays float32, as 2.0 * float32 does
-                arrays = [a.item() if isinstance(a, np.generic) else a for a in arrays]
+                arrays = [a.item() if isinstance(a, generic) else a for a in arrays]
             kwargs = {**defaults, **kwargs} if kwargs else defaults
         function = formula
         if kernels:
@@ -246,7 +247,7 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
         if not traced:
             return out
 
-        if type(out) is not np.ndarray and isinstance(out, np.generic):
+        if type(out) is not ndarray and isinstance(out, generic):
             out = np.asarray(out)
         if out.dtype is float64:  # as PyTorch: int64 * float32 and int64 / int64 are float32
             out = not_widened(out, arrays, kwargs)
@@ -262,7 +263,10 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
             node.shape = out.shape
             node.hooks = None
             node.number = tick()
-            node.saved = arrays if keeps_inputs else [pick(out, arrays) for pick in picks]
+            if keeps_inputs:
+                node.saved = arrays
+            else:
+                node.saved = [pick(out, arrays) for pick in picks] if picks else ()
             if on_record is not None:
                 on_record(node)
         else:

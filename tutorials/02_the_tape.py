@@ -140,9 +140,9 @@ else:
 # ## The walk that is right
 #
 # All three troubles have one cause: a node passes its gradient on *before it is complete*. So:
-# **first count how often each node is used; a node's turn comes when all of its users have had
-# theirs.** Then its gradient is the full sum, and it is passed on once. (Counting uses and taking
-# what has none left is Kahn's topological sort, 1962.)
+# **a node's turn comes when all of its users have had theirs.** Then its gradient is the full sum,
+# and it is passed on once. Which order is that? The nodes are numbered in the order of their
+# making, and whatever uses a node was made after it: **the youngest first** will do.
 
 # %%
 from minidl import autograd
@@ -150,12 +150,13 @@ from minidl import autograd
 print(minidl.source(autograd.explore))
 print()
 print(minidl.source(autograd.walk))
-assert "pending" in minidl.source(autograd.walk)
+assert "for node in nodes" in minidl.source(autograd.walk)
 
 # %% [markdown]
-# `explore` counts the uses (`pending`). `walk` keeps a list of nodes that are `ready`; it takes
-# one, calls its rule, adds what comes back to each input's `total`, and lowers that input's count.
-# No recursion, and each node exactly once.
+# `explore` finds the nodes and sorts them by number. `walk` takes one after the other, calls its
+# rule, and adds what comes back to each input's `total`. No recursion, and each node exactly once.
+# (The leaves have no number; their uses are counted, so that a leaf is known to be complete while
+# the walk goes on.)
 
 # %%
 a = minidl.tensor(np.float64(1.0), requires_grad=True)
@@ -228,7 +229,8 @@ else:
 #
 # 1. Mend the naive walk in another way: sort the numbers so that users come before what they use
 #    (depth-first, reversed), then let each pass on its gradient once. Is depth still a problem?
-# 2. Replace `ready.pop()` by `ready.pop(0)` in your mind: is the result still right? Why?
+# 2. Instead of sorting, count how often each node is used, and take a node once its count is down
+#    to none (Kahn 1962). Is the result the same? Which of the two finds a loop in the graph?
 # 3. `x.exp()` keeps its output, `x * x` its inputs. Which of the two would you choose for
 #    `sqrt`? Look into `minidl/ops/elementwise.py`.
 # 4. Draw something larger, such as five steps of `h = (h @ w).tanh()`, and find the shared leaf.

@@ -44,7 +44,7 @@ def mul(x, y):
 
 @mul.gradient
 def _(g, x, y):
-    return lambda: g * y, lambda: g * x
+    return g * y, lambda: g * x
 
 
 @op
@@ -53,8 +53,8 @@ def div(x, y):
 
 
 @div.gradient
-def _(g, x, y):
-    return lambda: g / y, lambda: -g * x / (y * y)
+def _(g, out, y):
+    return lambda: g / y, lambda: -g * out / y
 
 
 @op
@@ -170,7 +170,7 @@ def tanh(x):
 
 @tanh.gradient
 def _(g, out):
-    return (g * (1 - out * out),)
+    return (g - g * out * out,)
 
 
 @op

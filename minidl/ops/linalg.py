@@ -47,12 +47,13 @@ def _(g, x, y):
 @matmul.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
 def _(x, y):
     """The same packed product that convolution runs on: its bits do not depend on the threads."""
-    if x.ndim > 2 and y.ndim == 2:
-        tall = x.reshape(-1, x.shape[-1])
-        return matmul(tall, y).reshape(*x.shape[:-1], y.shape[1])
-    if x.ndim == 2 and y.ndim == 2 and x.dtype == y.dtype and x.size * y.shape[1] > SMALL:
+    if x.ndim == 2 and y.ndim == 2:
+        if x.size * y.shape[1] <= SMALL or x.dtype != y.dtype:
+            return x.dot(y)
         return native.matmul(x, y)
-    return matmul.op.formula(x, y)
+    if x.ndim > 2 and y.ndim == 2:
+        return matmul(x.reshape(-1, x.shape[-1]), y).reshape(*x.shape[:-1], y.shape[1])
+    return x @ y
 
 
 @op
