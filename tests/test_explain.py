@@ -134,7 +134,7 @@ def test_a_leaf_and_a_given_gradient(capsys):
 
 def test_says_what_was_not_kept_and_what_is_summed(capsys):
     x, w, b = minidl.ones(2, 3, dtype=minidl.float64), leaf(3), leaf(1)
-    h = x * w
+    h = w * x
     y = (h + b).exp()
     ((y + y) * h).sum().explain()
     text = capsys.readouterr().out
