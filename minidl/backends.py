@@ -1,4 +1,4 @@
-"""``torch.backends`` as PyTorch scripts use it: there is no Apple GPU here, and no cuDNN to tune."""
+"""``torch.backends``, as PyTorch scripts ask it: no Apple GPU here, and no cuDNN to tune."""
 
 from __future__ import annotations
 
