@@ -41,13 +41,19 @@ clean:  ## remove .venv, what was built, and caches (runs/ and data/ stay)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+define install
+	$(BIN)/python -m pip install --quiet --editable '.$(1)'
+	@$(BIN)/python -c 'from minidl.backend.native import why_missing; \
+		why_missing and print(f"minidl will run on NumPy alone: {why_missing}")'
+endef
+
 # A stamp a set of extras: .venv/ready for none, .venv/ready-test for [test], ...
 $(VENV)/ready: $(VENV)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(call install)
 	touch $@
 
 $(VENV)/ready-%: $(VENV)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(call install,[$*])
 	touch $(VENV)/ready $@
 
 $(VENV)/python:
