@@ -25,7 +25,7 @@ from minidl.backend.native import native
 from minidl.cli import kernels_in_words, open_data
 from minidl.data import DataLoader
 
-LR, BATCH = 0.002, 64  # the defaults of `minidl train`
+LR, BATCH, SMOOTHING = 0.004, 64, 0.1  # the defaults of `minidl train`
 
 
 def network(lib: ModuleType) -> Any:
@@ -54,7 +54,7 @@ class Run:
         self.optimizer = lib.optim.Adam(self.model.parameters(), lr=LR)
         steps = epochs * len(self.train_loader) + 1
         self.scheduler = lib.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=LR, total_steps=steps, pct_start=0.1
+            self.optimizer, max_lr=LR, total_steps=steps, pct_start=0.2
         )
         self.seconds: list[float] = []
         self.accuracies: list[float] = []
@@ -69,7 +69,7 @@ class Run:
         start = time.perf_counter()
         for images, labels in self.batches(self.train_loader):
             self.optimizer.zero_grad()
-            loss = cross_entropy(self.model(images), labels)
+            loss = cross_entropy(self.model(images), labels, label_smoothing=SMOOTHING)
             loss.backward()
             self.optimizer.step()
             self.scheduler.step()
@@ -135,7 +135,10 @@ def main() -> None:
     print(verdict)
     path = Path(__file__).parent / "results" / f"{args.data.replace('-', '_')}_{args.epochs}.md"
     path.parent.mkdir(exist_ok=True)
-    settings = f"batches of {BATCH}, Adam, one-cycle to {LR}" + ", augmented" * args.augment
+    settings = (
+        f"batches of {BATCH}, Adam, one-cycle to {LR}, label smoothing {SMOOTHING}"
+        + ", augmented" * args.augment
+    )
     path.write_text(
         f"# {args.data}, {args.epochs} epochs\n\n"
         f"The default CNN, {settings}, seed {args.seed}; {kernels_in_words()} against PyTorch "

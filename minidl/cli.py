@@ -165,15 +165,15 @@ def train(
         float | None,
         typer.Option(
             help="Learning rate (its peak, with onecycle).",
-            show_default="0.002; digits: 0.005; with sgd 0.05, with rmsprop 0.001",
+            show_default="0.004; digits: 0.005; with sgd 0.05, with rmsprop 0.001",
         ),
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adam, adamw, sgd or rmsprop.")] = "adam",
     momentum: Annotated[float, typer.Option(help="Of sgd and rmsprop.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Pull of the weights to zero.")] = 0.0,
     label_smoothing: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the target given to the other classes.")
-    ] = 0.0,
+        float, typer.Option(min=0, max=1, help="Share of the target spread over all classes.")
+    ] = 0.1,
     scheduler: Annotated[
         str,
         typer.Option(help="onecycle, cosine, step (÷10 after 1/2 and 3/4 of the epochs), none."),
@@ -235,7 +235,7 @@ def train(
     network.to(device)
     train_loader = DataLoader(train_set, batch_size, shuffle=True, prefetch_thread=True)
     test_loader = DataLoader(test_set, 500, prefetch_thread=True)
-    lrs = {"adam": 0.005 if small else 0.002, "sgd": 0.05, "rmsprop": 0.001}
+    lrs = {"adam": 0.005 if small else 0.004, "sgd": 0.05, "rmsprop": 0.001}
     lrs["adamw"] = lrs["adam"]
     lr = lrs[choose("optimizer", optimizer, list(lrs))] if lr is None else lr
     optimizer_ = make_optimizer(optimizer, network, lr, momentum, weight_decay)
@@ -354,7 +354,7 @@ def make_scheduler(name: str, optimizer: Any, epochs: int, batches: int) -> Any:
         case "onecycle":
             # One step more than is taken: after the last one, too, the schedule is stepped.
             lr = optimizer.param_groups[0]["lr"]
-            return lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
+            return lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.2)
         case "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, steps)
         case "step":
