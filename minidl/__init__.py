@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from minidl import autograd, ops
 from minidl.autograd import (
-    checkpoint,
     enable_grad,
     grad,
     gradcheck,
@@ -51,6 +50,7 @@ from minidl.op import kernels, use
 from minidl.ops.elementwise import where
 from minidl.ops.linalg import einsum
 from minidl.ops.methods import cat, stack
+from minidl.recompute import checkpoint
 from minidl.tensor import (
     Tensor,
     bool_,

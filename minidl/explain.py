@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from minidl import backend
-from minidl.autograd import Forgotten, Node, explore, first_gradient, no_grad, unbroadcast
+from minidl.autograd import Node, explore, first_gradient, no_grad, unbroadcast
 from minidl.graph import OUT, Graph, Names, caller, find_names, input_names, kept, settings
 from minidl.lines import Line, infer, record_source
+from minidl.recompute import Forgotten
 from minidl.tensor import Tensor
 
 __all__ = ["Explanation", "explain", "record_source", "source"]

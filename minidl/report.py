@@ -137,15 +137,17 @@ def confusion_cells(confusion: np.ndarray) -> list[list[dict[str, Any]]]:
     rows = []
     for i, row in enumerate(confusion.tolist()):
         total = sum(row) or 1
-        rows.append([
-            {
-                "count": n or "·",
-                "kind": "right" if i == j else "off" if n else "zero",
-                "share": round(100 * n / total),
-                "title": f"{n} of {total} images of {i} read as {j}",
-            }
-            for j, n in enumerate(row)
-        ])
+        rows.append(
+            [
+                {
+                    "count": n or "·",
+                    "kind": "right" if i == j else "off" if n else "zero",
+                    "share": round(100 * n / total),
+                    "title": f"{n} of {total} images of {i} read as {j}",
+                }
+                for j, n in enumerate(row)
+            ]
+        )
     return rows
 
 
