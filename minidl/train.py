@@ -86,7 +86,7 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C (or SIGTERM), after its checkpoint was written."""
 
     def __init__(self, signum: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; {checkpoint} is written")
+        super().__init__(f"by {signal.Signals(signum).name}; {checkpoint} is written")
         self.signum, self.checkpoint = signum, checkpoint
 
 
