@@ -29,11 +29,11 @@ def network() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
+        nn.Conv2d(16, 64, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * 4 * 4, 64),
+        nn.Linear(64 * 4 * 4, 64),
         nn.ReLU(),
         nn.Dropout(0.5),
         nn.Linear(64, 10),
