@@ -139,7 +139,7 @@ from minidl.ops import elementwise
 
 print(minidl.source(elementwise.tanh.op.rule), "\n")
 print(minidl.source(elementwise.mul.op.rule))
-assert "1 - out * out" in minidl.source(elementwise.tanh.op.rule)
+assert "g * out * out" in minidl.source(elementwise.tanh.op.rule)
 
 # %% [markdown]
 # And this is the whole walk, step by step, with your own lines beside it. (`explain("walk.html")`
