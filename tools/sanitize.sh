@@ -51,4 +51,4 @@ cd "$build"
 # minidl, before PYTHONPATH.
 exec "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q \
   --import-mode=append \
-  "$root/tests/test_native.py" "$@"
+  "$root"/tests/test_native*.py "$@"

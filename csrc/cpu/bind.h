@@ -1,0 +1,112 @@
+// What the Python faces of the kernels share: checks of arguments, with messages that say what was
+// expected and what came. (One bind_*.cpp a family; module.cpp puts them together.)
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "dispatch.h"
+
+namespace minidl {
+
+namespace py = pybind11;
+
+// Each family adds its functions to the module.
+void bind_conv(py::module_& m);
+void bind_matmul(py::module_& m);
+void bind_pool(py::module_& m);
+
+using Pair = std::pair<Index, Index>;
+
+inline std::string text(const py::handle& object) { return py::str(object).cast<std::string>(); }
+
+inline std::string shape_of(const py::array& a) { return text(a.attr("shape")); }
+
+inline std::string text(Pair p) {
+  return "(" + std::to_string(p.first) + ", " + std::to_string(p.second) + ")";
+}
+
+[[noreturn]] inline void bad_value(const std::string& message) { throw py::value_error(message); }
+
+template <class T>
+const KernelsFor<T>& kernels_of() {
+  if constexpr (sizeof(T) == 4) {
+    return kernels().f32;
+  } else {
+    return kernels().f64;
+  }
+}
+
+// ---- Arrays -----------------------------------------------------------------------------------
+
+// Calls f(T{}) for the element type of `a`; `b` must have the same.
+template <class F>
+auto with_type(const char* op, const char* a_name, const py::array& a, const char* b_name,
+               const py::array& b, F f) {
+  if (!py::isinstance<py::array_t<float>>(a) && !py::isinstance<py::array_t<double>>(a)) {
+    throw py::type_error(std::string(op) + ": " + a_name + " must be float32 or float64, got " +
+                         text(a.dtype()));
+  }
+  if (!a.dtype().equal(b.dtype())) {
+    throw py::type_error(std::string(op) + ": " + b_name + " must be " + text(a.dtype()) + " as " +
+                         a_name + " is, got " + text(b.dtype()));
+  }
+  return py::isinstance<py::array_t<float>>(a) ? f(float{}) : f(double{});
+}
+
+// The array itself if it is C-contiguous and aligned, else a copy that is.
+template <class T>
+py::array_t<T, py::array::c_style> contiguous(const py::array& a) {
+  auto out = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(
+      py::module_::import("numpy").attr("require")(a, py::none(), "CA"));
+  if (!out) throw py::error_already_set();
+  return out;
+}
+
+inline void expect_dimensions(const char* op, const char* name, const py::array& a, int dimensions,
+                              const char* meaning) {
+  if (a.ndim() != dimensions) {
+    bad_value(std::string(op) + ": " + name + " must have " + std::to_string(dimensions) +
+              " dimensions " + meaning + ", got shape " + shape_of(a));
+  }
+}
+
+template <class T>
+bool fill_if_empty(py::array_t<T>& out, bool empty_sum) {
+  if (out.size() == 0) return true;
+  if (empty_sum) std::fill_n(out.mutable_data(), out.size(), T(0));
+  return empty_sum;
+}
+
+// ---- Geometry ---------------------------------------------------------------------------------
+
+// So large that no array has it, so small that sums and products of two do not overflow.
+constexpr Index kLargest = Index(1) << 31;
+
+inline void expect_range(const char* op, const char* name, Pair p, Index least) {
+  if (p.first < least || p.second < least || p.first >= kLargest || p.second >= kLargest) {
+    bad_value(std::string(op) + ": " + name + " must be at least " + std::to_string(least) +
+              " and less than 2**31, got " + text(p));
+  }
+}
+
+inline Index output_size(const char* op, const char* axis, Index in, Index pad, Index kernel,
+                         Index dilation, Index stride) {
+  const Index reach = dilation * (kernel - 1) + 1;
+  if (reach > in + 2 * pad) {
+    bad_value(std::string(op) + ": the kernel reaches over " + std::to_string(reach) + " " + axis +
+              " (dilation included), more than the " + std::to_string(in + 2 * pad) +
+              " of the padded input");
+  }
+  return (in + 2 * pad - reach) / stride + 1;
+}
+
+}  // namespace minidl

@@ -1,0 +1,48 @@
+// The Python face of matrix products.
+#include "bind.h"
+
+namespace minidl {
+namespace {
+
+// ---- Matrices ---------------------------------------------------------------------------------
+
+// A view with strides in elements; `owner` keeps a copy alive where NumPy's strides do not fit.
+template <class T>
+Matrix<T> matrix(const py::array& a, py::array& owner) {
+  constexpr Index size = sizeof(T);
+  const bool fits = a.strides(0) % size == 0 && a.strides(1) % size == 0 &&
+                    reinterpret_cast<std::uintptr_t>(a.data()) % alignof(T) == 0;
+  owner = fits ? a : py::array(contiguous<T>(a));
+  return {static_cast<const T*>(owner.data()), owner.strides(0) / size, owner.strides(1) / size};
+}
+
+py::array matmul(const py::array& a, const py::array& b) {
+  const char* op = "matmul";
+  expect_dimensions(op, "a", a, 2, "(M, K)");
+  expect_dimensions(op, "b", b, 2, "(K, N)");
+  if (a.shape(1) != b.shape(0)) {
+    bad_value(std::string(op) + ": a has " + std::to_string(a.shape(1)) + " columns, b has " +
+              std::to_string(b.shape(0)) + " rows (a " + shape_of(a) + ", b " + shape_of(b) + ")");
+  }
+  return with_type(op, "a", a, "b", b, [&](auto zero) -> py::array {
+    using T = decltype(zero);
+    const Index m = a.shape(0), n = b.shape(1), k = a.shape(1);
+    py::array_t<T> c({m, n});
+    if (fill_if_empty(c, k == 0)) return c;
+    py::array keep_a, keep_b;
+    const Matrix<T> ma = matrix<T>(a, keep_a), mb = matrix<T>(b, keep_b);
+    T* out = c.mutable_data();
+    py::gil_scoped_release release;
+    kernels_of<T>().matmul(m, n, k, ma, mb, out);
+    return c;
+  });
+}
+
+}  // namespace
+
+void bind_matmul(py::module_& m) {
+  m.def("matmul", &matmul, py::arg("a").noconvert(), py::arg("b").noconvert(),
+        "a (M, K), b (K, N) -> (M, N); views of any strides are read in place.");
+}
+
+}  // namespace minidl
