@@ -282,10 +282,14 @@ def walk(
                     continue  # nothing of interest behind it
             if g is None:
                 arrived: Any = [None] * len(edges)
-            elif create_graph:
-                arrived = node.op.rule(g, *node.op.arguments(node), **node.kwargs)  # type: ignore[misc]
             else:
-                arrived = node.op.rule(g, *node.saved, **node.kwargs)  # type: ignore[misc]
+                op = node.op
+                if create_graph:
+                    arrived = op.rule(g, *op.arguments(node), **node.kwargs)  # type: ignore[misc]
+                elif op.gradient_kernels:
+                    arrived = op.array_rule(g)(g, *node.saved, **node.kwargs)
+                else:
+                    arrived = op.rule(g, *node.saved, **node.kwargs)  # type: ignore[misc]
 
             for edge, gx in zip(edges, arrived):
                 if edge is None or (useful is not None and edge not in useful):

@@ -28,7 +28,12 @@ A *kernel* is an override with the formula's signature, for one device and some 
     @conv2d.kernel("native", device="cpu", dtypes=("float32",))
     def _(x, w, *, stride, padding, dilation, groups): ...
 
-``minidl.use("conv2d", "loops")`` picks among them inside a running program.
+``minidl.use("conv2d", "loops")`` picks among them inside a running program. A *gradient kernel*
+overrides the rule in the same way where it runs on bare arrays; it comes and goes with the kernel
+of its name. Under ``create_graph=True`` it is always the rule that runs.
+
+    @lstm.gradient_kernel("native", device="cpu", dtypes=("float32",))
+    def _(g, out, x, ...): ...
 """
 
 from __future__ import annotations
@@ -63,13 +68,13 @@ def sample(*inputs: Any, **kwargs: Any) -> Sample:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An implementation of an op's formula.
+    """An implementation of an op's formula, or of its gradient rule.
 
     Attributes:
         name: what `use` calls it.
         device: "cpu" or "cuda".
-        function: has the formula's signature.
-        dtypes: dtypes of the first input that it takes; None: all.
+        function: has the formula's (or the rule's) signature.
+        dtypes: dtypes of the first input (or of g) that it takes; None: all.
         missing: None, or why it cannot run here.
         default: whether it runs when nobody chose.
     """
@@ -104,8 +109,9 @@ class Op:
     sources: list[int | None] | None = None  # what the tape keeps, by position; None: all inputs
     draw_samples: Callable[[np.random.Generator], Iterator[Sample]] | None = None
     kernels: list[Kernel] = field(default_factory=list)  # the last one is preferred
+    gradient_kernels: list[Kernel] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)  # device -> name, set by `use`
-    table: dict[Any, Formula] = field(default_factory=dict)  # (array type, dtype) -> function
+    table: dict[Any, Formula] = field(default_factory=dict)  # what runs, by array type and dtype
 
     def select(self, device: str, dtype: str) -> tuple[str, Formula, str]:
         """Which implementation runs for a device and a dtype: its name, itself, and why."""
@@ -132,6 +138,24 @@ class Op:
             warnings.warn(f"{self.name}: the formula runs, since {reason}", stacklevel=4)
         self.table[type(array), array.dtype] = function
         return function
+
+    def array_rule(self, g: Any) -> Formula:
+        """The gradient rule to run for an array, or the kernel in its place; decided once."""
+        key = type(g), g.dtype, "gradient"
+        if key not in self.table:
+            device, dtype = backend.device_type(g), g.dtype.name
+            kernel = self.gradient_kernel(device, dtype, self.select(device, dtype)[0])
+            self.table[key] = kernel.function if kernel else self.rule  # type: ignore[assignment]
+        return self.table[key]
+
+    def gradient_kernel(self, device: str, dtype: str, name: str) -> Kernel | None:
+        """The gradient kernel that goes with the implementation `name`, if there is one."""
+        for kernel in self.gradient_kernels:
+            if (kernel.name, kernel.device) == (name, device) and (
+                not kernel.dtypes or dtype in kernel.dtypes
+            ):
+                return kernel
+        return None
 
     def arguments(self, node: Node) -> list[Any]:
         """What a node saved, as Tensors on the tape: the rule called with them is recorded."""
@@ -172,6 +196,15 @@ class OpFunction(Protocol):
         dtypes: tuple[str, ...] | None = None,
         missing: str | None = None,
         default: bool = True,
+    ) -> Callable[[Formula], Formula]: ...
+
+    def gradient_kernel(
+        self,
+        name: str,
+        *,
+        device: str = "cpu",
+        dtypes: tuple[str, ...] | None = None,
+        missing: str | None = None,
     ) -> Callable[[Formula], Formula]: ...
 
 
@@ -331,11 +364,31 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
 
         return register
 
+    def gradient_kernel(
+        kernel_name: str,
+        *,
+        device: str = "cpu",
+        dtypes: tuple[str, ...] | None = None,
+        missing: str | None = None,
+    ) -> Callable[[Formula], Formula]:
+        if not any((k.name, k.device) == (kernel_name, device) for k in kernels):
+            raise ValueError(f"op {name!r} has no kernel {kernel_name!r} for {device} to go with")
+
+        def register(function: Formula) -> Formula:
+            this.gradient_kernels.append(
+                Kernel(kernel_name, device, function, dtypes, missing, default=True)
+            )
+            table.clear()
+            return function
+
+        return register
+
     call.__name__ = call.__qualname__ = formula.__name__
     call.__module__ = formula.__module__
     call.__doc__ = formula.__doc__
     call.__signature__ = inspect.signature(formula)  # type: ignore[attr-defined]
-    call.op, call.gradient, call.samples, call.kernel = this, gradient, samples, kernel  # type: ignore[attr-defined]
+    call.op, call.gradient, call.samples = this, gradient, samples  # type: ignore[attr-defined]
+    call.kernel, call.gradient_kernel = kernel, gradient_kernel  # type: ignore[attr-defined]
     registry[name] = call  # type: ignore[assignment]
     return call  # type: ignore[return-value]
 
@@ -406,6 +459,8 @@ def kernels() -> Table:
             names = [k.name for k in function.op.kernels if k.device == device]
             for dtype in ("float32", "float64"):
                 used, _, reason = function.op.select(device, dtype)
+                if function.op.gradient_kernel(device, dtype, used):
+                    reason += ", gradient too"
                 rows.append((name, device, dtype, " ".join(["formula", *names]), used, reason))
     return Table(rows)
 

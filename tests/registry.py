@@ -93,13 +93,30 @@ every_case_with_floats = parametrize("case", {k: c for k, c in CASES.items() if 
 every_differentiable_case = parametrize("case", DIFFERENTIABLE)
 
 
-def kernels(op: Op) -> list[tuple[Kernel, str]]:
+def kernels(op: Op, of: str = "kernels") -> list[tuple[Kernel, str]]:
     """The kernels that can run here, with each dtype that they take."""
     return [
         (kernel, dtype)
-        for kernel in op.kernels
+        for kernel in getattr(op, of)
         if kernel.device == "cpu" and not kernel.missing
         for dtype in kernel.dtypes or ("float32", "float64")
+    ]
+
+
+def gradient_kernels(op: Op) -> list[tuple[Kernel, str]]:
+    """The same of the kernels for the gradient."""
+    return kernels(op, "gradient_kernels")
+
+
+def gradients(rule: Any, case: Case, layout: Any = np.copy) -> list[Any]:
+    """What a gradient rule, or a kernel in its place, gives for each floating input of a call."""
+    y = case.function(*leaves(case), **case.kwargs)
+    entries = rule(layout(cotangent(y)), *y.node.saved, **y.node.kwargs)  # type: ignore[union-attr]
+    found = [entries[i]() if callable(entries[i]) else entries[i] for i in case.floats]
+    shapes = [case.inputs[i].shape for i in case.floats]
+    return [
+        None if a is None else a if a.shape == s else autograd.unbroadcast(a, s)
+        for a, s in zip(found, shapes, strict=True)
     ]
 
 

@@ -54,7 +54,7 @@ def test_a_wrong_gradient_is_caught(case: Case) -> None:
         for factor in (1.001, 0.0):
             wrong = reg.scaled(case.op.rule, i, factor)
             said = f"{case.op.name}: the gradient of input {i} times {factor}"
-            with reg.replaced(case.op, rule=wrong), fails(said):
+            with reg.replaced(case.op, rule=wrong, gradient_kernels=[]), fails(said):
                 test_ops.test_gradient(case, 1)
 
 
@@ -91,6 +91,24 @@ def test_a_wrong_kernel_is_caught(name: str) -> None:
                         except AssertionError:
                             caught += 1
             assert caught, f"{name}: kernel {kernel.name!r} times 1.001"
+
+
+@pytest.mark.parametrize("name", [name for name, f in reg.OPS.items() if f.op.gradient_kernels])
+def test_a_wrong_gradient_kernel_is_caught(name: str) -> None:
+    """For each kernel and each input, some sample tells the gradient times 1.001 from the right."""
+    this = reg.OPS[name].op
+    cases = [case for case in reg.DIFFERENTIABLE.values() if case.op is this]
+    for kernel, _ in reg.gradient_kernels(this):
+        for i in set().union(*(case.floats for case in cases)):
+            wrong = replace(kernel, function=reg.scaled(kernel.function, i, 1.001))
+            with reg.replaced(this, gradient_kernels=[wrong]):
+                caught = 0
+                for case in cases:
+                    try:
+                        test_ops.test_gradient_kernels(case)
+                    except AssertionError:
+                        caught += 1
+            assert caught, f"{name}: input {i} of gradient kernel {kernel.name!r} times 1.001"
 
 
 def test_empty_inputs_are_tried() -> None:

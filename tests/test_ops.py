@@ -233,6 +233,18 @@ def test_kernels(case: Case) -> None:
             reg.assert_close(actual, expected, OF_KERNELS[dtype])
 
 
+@every_differentiable_case
+def test_gradient_kernels(case: Case) -> None:
+    """Every gradient kernel gives what the rule gives in float64, in any memory layout."""
+    for kernel, dtype in reg.gradient_kernels(case.op):
+        call = case.cast(dtype)
+        expected = reg.gradients(case.op.rule, call.cast("float64"))
+        for layout in (np.copy, reg.read_only, *reg.LAYOUTS):
+            actual = reg.gradients(kernel.function, call.map(layout), layout)
+            assert all(a is None or a.dtype == dtype for a in actual)
+            reg.assert_all_close(actual, expected, OF_KERNELS[dtype])
+
+
 @every_op
 def test_use(function: Any) -> None:
     """`minidl.use` swaps the implementation, and says why where it cannot."""
@@ -246,8 +258,13 @@ def test_use(function: Any) -> None:
         before = op.select(kernel.device, dtype)
         with use(op.name, kernel.name):
             assert op.select(kernel.device, dtype)[1] is kernel.function
+            gradients = {k.function for k in op.gradient_kernels if k.name == kernel.name}
+            if gradients and kernel.device == "cpu":
+                assert op.array_rule(np.zeros(1, dtype)) in gradients
         with use(op.name, "formula"):
             assert op.select(kernel.device, dtype)[1] is op.formula
+            if kernel.device == "cpu":
+                assert op.array_rule(np.zeros(1, dtype)) is op.rule
         assert op.select(kernel.device, dtype) == before
 
 
@@ -322,7 +339,7 @@ def test_unwanted_gradients_are_not_computed(case: Case) -> None:
     for i in case.floats:
         called.clear()
         xs = reg.leaves(case, wanted=[i])
-        with reg.replaced(case.op, rule=rule and watched):
+        with reg.replaced(case.op, rule=rule and watched, gradient_kernels=[]):
             y = case.function(*xs, **case.kwargs)
             if y.requires_grad:
                 y.backward(Tensor(reg.cotangent(y)))
