@@ -21,6 +21,7 @@ namespace py = pybind11;
 
 // Each family adds its functions to the module.
 void bind_conv(py::module_& m);
+void bind_ladder(py::module_& m);
 void bind_matmul(py::module_& m);
 void bind_pool(py::module_& m);
 
@@ -42,6 +43,15 @@ const KernelsFor<T>& kernels_of() {
     return kernels().f32;
   } else {
     return kernels().f64;
+  }
+}
+
+template <class T>
+const LadderFor<T>& ladder_of() {
+  if constexpr (sizeof(T) == 4) {
+    return kernels().ladder->f32;
+  } else {
+    return kernels().ladder->f64;
   }
 }
 

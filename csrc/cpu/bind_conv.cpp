@@ -39,8 +39,10 @@ void expect_output(const char* op, const Conv2d& p, const py::array& g) {
 
 // ---- Convolution ------------------------------------------------------------------------------
 
-py::array conv2d(const py::array& x, const py::array& w, Pair stride, Pair padding, Pair dilation,
-                 Index groups) {
+// With which kernel: `kernel_of(T{})` is a (const Conv2d&, const T* x, const T* w, T* y).
+template <class KernelOf>
+py::array conv2d_with(KernelOf kernel_of, const py::array& x, const py::array& w, Pair stride,
+                      Pair padding, Pair dilation, Index groups) {
   const char* op = "conv2d";
   expect_dimensions(op, "x", x, 4, "(N, C, H, W)");
   expect_dimensions(op, "w", w, 4, "(O, C / groups, kH, kW)");
@@ -61,9 +63,21 @@ py::array conv2d(const py::array& x, const py::array& w, Pair stride, Pair paddi
     const T *px = a.data(), *pw = b.data();
     T* py_ = y.mutable_data();
     py::gil_scoped_release release;
-    kernels_of<T>().conv2d(p, px, pw, py_);
+    kernel_of(zero)(p, px, pw, py_);
     return y;
   });
+}
+
+py::array conv2d(const py::array& x, const py::array& w, Pair stride, Pair padding, Pair dilation,
+                 Index groups) {
+  return conv2d_with([](auto zero) { return kernels_of<decltype(zero)>().conv2d; }, x, w, stride,
+                     padding, dilation, groups);
+}
+
+py::array conv2d_naive(const py::array& x, const py::array& w, Pair stride, Pair padding,
+                       Pair dilation, Index groups) {
+  return conv2d_with([](auto zero) { return ladder_of<decltype(zero)>().conv2d_naive; }, x, w,
+                     stride, padding, dilation, groups);
 }
 
 py::array conv2d_input(const py::array& g, const py::array& w, Pair input_size, Pair stride,
@@ -126,6 +140,8 @@ void bind_conv(py::module_& m) {
   const auto groups = py::arg("groups") = 1;
   m.def("conv2d", &conv2d, x, w, stride, padding, dilation, groups,
         "x (N, C, H, W), w (O, C / groups, kH, kW) -> y (N, O, OH, OW): the cross-correlation.");
+  m.def("conv2d_naive", &conv2d_naive, x, w, stride, padding, dilation, groups,
+        "conv2d as seven plain loops: a rung of the ladder.");
   m.def("conv2d_input", &conv2d_input, g, w, py::arg("input_size"), stride, padding, dilation,
         groups, "The gradient of conv2d with respect to x, which is (H, W) = input_size large.");
   m.def("conv2d_weight", &conv2d_weight, g, x, py::arg("kernel_size"), stride, padding, dilation,

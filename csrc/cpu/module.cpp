@@ -40,6 +40,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("sanitizer") = MINIDL_SANITIZE;  // the one it was built with, or ""
 
   bind_conv(m);
+  bind_ladder(m);
   bind_matmul(m);
   bind_pool(m);
 

@@ -51,10 +51,27 @@ struct KernelsFor {
   bool (*max_pool2d_input)(const Pool2d&, const T* g, const std::int32_t* index, T* gx);
 };
 
+// The rungs below those kernels (ladder.h), and the loops that measure the machine (peak.h).
+template <class T>
+struct LadderFor {
+  using Matmul = void (*)(Index m, Index n, Index k, const T* a, const T* b, T* c);
+  Matmul matmul_naive, matmul_reordered, matmul_tiled;
+  void (*conv2d_naive)(const Conv2d&, const T* x, const T* w, T* y);
+  Index (*multiply_add_loop)(Index steps, T factor, T term, T* out);
+  void (*triad)(Index n, T factor, const T* b, const T* c, T* a);
+  Index peak_chunks;  // how many elements multiply_add_loop writes
+};
+
+struct Ladder {
+  LadderFor<float> f32;
+  LadderFor<double> f64;
+};
+
 struct Kernels {
   const char* isa;
   KernelsFor<float> f32;
   KernelsFor<double> f64;
+  const Ladder* ladder;
 };
 
 }  // namespace minidl

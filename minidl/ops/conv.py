@@ -7,9 +7,10 @@ is linear in the image x and in the weight w. `conv2d_input` carries a y back to
 and the derivative with respect to it is one of the other two. So the set is closed: convolutions
 can be differentiated as often as you like.
 
-Three implementations are kept side by side, `minidl.use("conv2d", ...)` picks:
+Its implementations are kept side by side, `minidl.use("conv2d", ...)` picks:
 
 * "loops": the definition, one output pixel at a time;
+* "naive": the definition in C++, seven loops;
 * "im2col": all patches gathered as the columns of one matrix, then one matrix product
   (Chellapilla et al. 2006). This is the formula: it runs on NumPy and CuPy;
 * "native": C++ that reads the patches straight from the image, so the matrix is never built.
@@ -298,6 +299,9 @@ def _(y, x, *, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), grou
     return w
 
 
+conv2d.kernel("naive", dtypes=("float32", "float64"), missing=why_missing, default=False)(
+    getattr(native, "conv2d_naive", conv2d.op.formula)
+)
 for each in (conv2d, conv2d_input, conv2d_weight):
     each.kernel("im2col", default=False)(each.op.formula)
     each.kernel("native", dtypes=("float32", "float64"), missing=why_missing)(

@@ -142,6 +142,48 @@ def einsum(equation: str, *operands: Any) -> Any:
     return einsum_(*xs, equation=f"{','.join(letters)}->{result}")
 
 
+# Other implementations of matmul -----------------------------------------------------------
+
+# The rungs of a ladder; `minidl bench ladder` tells what each is worth.
+
+
+def of_matrices(product):
+    """np.matmul for all shapes, from a product of two matrices of the same dtype."""
+
+    def matmul(x, y):
+        dtype = np.result_type(x, y)
+        row = x.reshape(1, -1) if x.ndim == 1 else x
+        column = y.reshape(-1, 1) if y.ndim == 1 else y
+        if row.shape[-1] != column.shape[-2]:
+            raise ValueError(f"x {x.shape} has rows of another length than y {y.shape} columns")
+        batch = np.broadcast_shapes(row.shape[:-2], column.shape[:-2])
+        row = np.broadcast_to(row, batch + row.shape[-2:]).astype(dtype, copy=False)
+        column = np.broadcast_to(column, batch + column.shape[-2:]).astype(dtype, copy=False)
+        z = np.empty((*batch, row.shape[-2], column.shape[-1]), dtype)
+        for i in np.ndindex(batch):
+            z[i] = product(row[i], column[i])
+        return z.reshape(batch + x.shape[-2:-1] + (y.shape[-1:] if y.ndim > 1 else ()))
+
+    return matmul
+
+
+@matmul.kernel("loops", default=False)
+@of_matrices
+def _(x, y):
+    z = np.zeros((x.shape[0], y.shape[1]), x.dtype)
+    for i in range(x.shape[0]):
+        for j in range(y.shape[1]):
+            for k in range(x.shape[1]):
+                z[i, j] += x[i, k] * y[k, j]
+    return z
+
+
+for rung in ("naive", "reordered", "tiled"):  # csrc/cpu/ladder.h
+    matmul.kernel(rung, dtypes=("float32", "float64"), missing=why_missing, default=False)(
+        of_matrices(getattr(native, f"matmul_{rung}", np.matmul))
+    )
+
+
 # Samples ----------------------------------------------------------------------------------
 
 
