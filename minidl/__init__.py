@@ -20,6 +20,7 @@ from minidl.autograd import (
 )
 from minidl.backend import device
 from minidl.backend.random import manual_seed
+from minidl.backend.threads import get_num_threads, set_num_threads
 from minidl.creation import (
     arange,
     as_tensor,
@@ -228,6 +229,7 @@ __all__ = [
     "full_like",
     "gather",
     "ge",
+    "get_num_threads",
     "get_rng_state",
     "grad",
     "gradcheck",
@@ -302,6 +304,7 @@ __all__ = [
     "rsqrt",
     "save",
     "set_grad_enabled",
+    "set_num_threads",
     "set_rng_state",
     "short",
     "sigmoid",

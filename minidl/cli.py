@@ -92,12 +92,12 @@ def say_error(text: str, title: str) -> None:
 
 
 def use_threads(threads: int | None) -> None:
-    from minidl.backend.native import native
+    import minidl
 
     if threads is not None and threads < 1:
         raise ValueError(f"--threads is at least 1, got {threads}")
-    if threads is not None and native is not None:
-        native.set_num_threads(threads)
+    if threads is not None:
+        minidl.set_num_threads(threads)
 
 
 # Options that several commands share ------------------------------------------------------

@@ -13,16 +13,11 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <exception>
 #include <mutex>
-#include <string>
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -140,25 +135,12 @@ class Pool {
   std::vector<std::thread> workers_;
 };
 
-int default_num_threads() {
-  if (const char* text = std::getenv("MINIDL_NUM_THREADS")) {
-    const int n = std::atoi(text);
-    if (n >= 1) return n < kMaxThreads ? n : kMaxThreads;
-  }
-#if defined(__linux__)
-  cpu_set_t cpus;
-  if (sched_getaffinity(0, sizeof cpus, &cpus) == 0) return CPU_COUNT(&cpus);
-#endif
-  const int n = static_cast<int>(std::thread::hardware_concurrency());
-  return n >= 1 ? n : 1;
-}
-
 // The pool and its lock live on the heap, and are never freed by a static destructor: at exit a
 // daemon thread may still be inside a kernel.
 struct Shared {
-  std::mutex busy;  // held by the thread whose loop the pool is running
-  std::atomic<int> threads{default_num_threads()};
-  Pool* pool = nullptr;  // guarded by `busy`
+  std::mutex busy;              // held by the thread whose loop the pool is running
+  std::atomic<int> threads{1};  // until minidl/backend/threads.py has counted the cores
+  Pool* pool = nullptr;         // guarded by `busy`
 };
 
 std::atomic<Shared*> shared_state{nullptr};

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from minidl.backend import random as rng
+from minidl.backend.threads import set_num_threads
 from minidl.data.fetch import Collate, fetch, fetch_stream
 from minidl.data.randomness import WORKER, stream
 
@@ -112,6 +113,8 @@ def work(id: int, connection: Connection, job: Work) -> None:
     # it may want to finish its step, and it ends us by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    set_num_threads(1)  # the workers together have the cores to themselves
 
     # A thread empties the pipe, so that the parent never waits for us to read a request while we
     # wait for it to read an answer.
