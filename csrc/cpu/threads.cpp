@@ -18,6 +18,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -36,12 +39,38 @@ void pause() {
 #endif
 }
 
+// The core that this thread runs on; -1 where the system does not tell.
+int current_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Where other programs keep all cores busy, the system wakes a worker on the core of the thread that
+// called it, and may leave both there, at half speed, for seconds: they sleep too often to be moved.
+// So the worker moves itself, and is free to be moved again at once. (Measured on two cores beside
+// a busy process of low priority: a 512³ product at 172 GFLOP/s instead of 101.)
+void leave_core([[maybe_unused]] int core) {
+#if defined(__linux__)
+  cpu_set_t all, others;
+  if (core < 0 || sched_getcpu() != core || sched_getaffinity(0, sizeof all, &all)) return;
+  others = all;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others)) {
+    sched_setaffinity(0, sizeof all, &all);
+  }
+#endif
+}
+
 thread_local bool inside_loop = false;  // a loop inside a loop runs on the thread that meets it
 
 struct Loop {
   Index n;
   void (*call)(void*, Index);
   void* object;
+  int core = current_core();  // of the caller
   std::atomic<Index> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;  // written by the one thread that sets `failed`
@@ -122,6 +151,7 @@ class Pool {
       }
       if (!(state & kOpen)) continue;  // too late, the loop is over
       seen = state & ~(kEpoch - 1);
+      leave_core(loop_->core);
       loop_->work();
       state_.fetch_sub(1, std::memory_order_acq_rel);
     }
