@@ -31,6 +31,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+bench = typer.Typer(help="Measure minidl on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 FAILED, MISUSED = 1, 2  # exit codes; stopped by a signal: 128 + its number
 debug = False
 
@@ -42,7 +45,7 @@ def main() -> None:
     app([argument for argument in sys.argv[1:] if argument != "--debug"])
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
     """Make a command of a function: what goes wrong is said in a paragraph, not a traceback.
 
     (But a mistake in minidl itself, a TypeError say, keeps its traceback.)
@@ -72,7 +75,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     # Typer reads types from here; they are strings, made by `from __future__ import annotations`.
     run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
-    return app.command()(run)
+    return group.command()(run)
 
 
 def fail(error: Exception, code: int) -> NoReturn:
@@ -296,6 +299,60 @@ def doctor() -> None:
     from minidl.doctor import show
 
     show(console())
+
+
+bench_command = functools.partial(command, group=bench)
+
+
+@bench_command
+def ladder(
+    op: Annotated[str, typer.Option(help="matmul, conv2d or all.")] = "all",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=32,
+            help="Side of the matrices, or of the images (8×64 channels, 3×3 kernels).",
+            show_default="matmul: 512; conv2d: 56",
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="For each implementation.")] = 0.5,
+    out: Annotated[Path, typer.Option(help="Folder for the plot and the numbers.")] = Path(
+        "runs/bench"
+    ),
+    threads: Threads = None,
+) -> None:
+    """Climb the ladder of implementations, from plain loops to the packed kernels.
+
+    Every rung computes the same, and is checked against the formula. The table says how long each
+    takes, its share of the peak that a loop of multiply-adds on registers reaches here, and how
+    many operations it does for each byte; the plot puts them under the machine's roofline.
+    """
+    from minidl import bench
+
+    use_threads(threads)
+    ops = list(bench.SIZES) if op == "all" else [choose("op", op, [*bench.SIZES, "all"])]
+    bench.ladder(console(), ops, {o: size or bench.SIZES[o] for o in ops}, seconds, out)
+
+
+@bench_command
+def step(
+    model: Annotated[str, typer.Option(help="As for minidl train.")] = "cnn",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to take the median of.")] = 30,
+    conv2d: Annotated[
+        str | None,
+        typer.Option(
+            help="Which implementation of conv2d (minidl kernels lists them).",
+            show_default="the fastest",
+        ),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Time the parts of a training step: forward, backward, optimizer; and its memory."""
+    from minidl import bench
+
+    use_threads(threads)
+    bench.step(console(), model, batch_size, steps, conv2d)
 
 
 # What the commands are made of ------------------------------------------------------------

@@ -11,7 +11,16 @@ from typer.testing import CliRunner
 from minidl import cli
 from minidl.data import MNIST
 
-COMMANDS = ["demo", "train", "kernels", "doctor"]
+COMMANDS = ["demo", "train", "kernels", "doctor", "bench ladder", "bench step"]
+
+
+def commands():
+    """(how it is called, its function), also for the commands of a group."""
+    for c in cli.app.registered_commands:
+        yield c.callback.__name__, c.callback
+    for group in cli.app.registered_groups:
+        for c in group.typer_instance.registered_commands:
+            yield f"{group.name} {c.callback.__name__}", c.callback
 
 
 def call(*arguments, **environment):
@@ -32,26 +41,26 @@ def call_process(*arguments):
 
 
 def test_the_commands_are_those_that_work():
-    assert sorted(c.callback.__name__ for c in cli.app.registered_commands) == sorted(COMMANDS)
+    assert sorted(name for name, _ in commands()) == sorted(COMMANDS)
     code, output = call("--help")
     assert code == 0
-    assert all(name in output for name in COMMANDS)
+    assert all(name.split()[0] in output for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command):
-    code, output = call(command, "--help")
+    code, output = call(*command.split(), "--help")
     assert code == 0
     assert f"Usage: minidl {command}" in output
-    shorter, _ = call(command, "-h")
+    shorter, _ = call(*command.split(), "-h")
     assert shorter == 0
 
 
 def test_every_option_is_explained():
-    for command in cli.app.registered_commands:
-        for parameter in command.callback.__signature__.parameters.values():
+    for name, function in commands():
+        for parameter in function.__signature__.parameters.values():
             (option,) = parameter.annotation.__metadata__
-            assert option.help, f"{command.callback.__name__} --{parameter.name}"
+            assert option.help, f"{name} --{parameter.name}"
 
 
 @pytest.mark.parametrize(
