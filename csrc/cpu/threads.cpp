@@ -48,10 +48,10 @@ int current_core() {
 #endif
 }
 
-// Where other programs keep all cores busy, the system wakes a worker on the core of the thread that
-// called it, and may leave both there, at half speed, for seconds: they sleep too often to be moved.
-// So the worker moves itself, and is free to be moved again at once. (Measured on two cores beside
-// a busy process of low priority: a 512³ product at 172 GFLOP/s instead of 101.)
+// Where other programs keep all cores busy, the system wakes a worker on the core of its caller,
+// and may leave both there, at half speed, for seconds: they sleep too often to be moved. So the
+// worker moves itself, and is free to be moved again at once. (Measured on two cores beside a busy
+// process of low priority: a product of 512 x 512 matrices at 172 GFLOP/s instead of 101.)
 void leave_core([[maybe_unused]] int core) {
 #if defined(__linux__)
   cpu_set_t all, others;
