@@ -24,8 +24,8 @@ demo: $(VENV)/ready  ## train on handwritten digits, and write runs/demo/index.h
 test: $(VENV)/ready-test  ## run the tests (one file: make test ARGS=tests/test_ops.py)
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/ready  ## run the benchmarks (PyTorch is compared with if it is in .venv)
-	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+bench: $(VENV)/ready-bench  ## compare with PyTorch and NumPy on the CPU (a rough look: make bench ARGS=--quick)
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 lint: $(VENV)/ready-dev  ## check style and types
 	$(BIN)/ruff check
