@@ -262,6 +262,15 @@ def test_matmul(mnk: tuple[int, int, int], dtype: type, one: str, two: str, seed
     check(_native.matmul(a, b), np.matmul, a, b, max(1, k))
 
 
+@pytest.mark.parametrize("k", [0, 7, 700])
+def test_matmul_with_bias(k: int) -> None:
+    """To the bit what adding the bias afterwards gives."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((33, k), np.float32), rng.standard_normal((k, 50), np.float32)
+    bias = strided(rng, (50,), np.float32, "every second")
+    np.testing.assert_array_equal(_native.matmul(a, b, bias), _native.matmul(a, b) + bias)
+
+
 @pytest.mark.parametrize("shape", [(64, 3136, 128), (1, 4096, 300), (200, 700, 1), (500, 513, 514)])
 def test_matmul_and_threads(shape: tuple[int, int, int]) -> None:
     m, k, n = shape
@@ -508,6 +517,10 @@ G = np.zeros((2, 6, 6, 6), np.float32)
          lambda: _native.conv2d_input(G, W, (8, 8), groups=-1)),
         (ValueError, "a has 3 columns, b has 2 rows",
          lambda: _native.matmul(np.zeros((2, 3)), np.zeros((2, 3)))),
+        (ValueError, r"bias must have shape \(3,\), .* got \(2,\)",
+         lambda: _native.matmul(np.zeros((2, 2)), np.zeros((2, 3)), np.zeros(2))),
+        (TypeError, "bias must be float64 as a is, got float32",
+         lambda: _native.matmul(np.zeros((2, 2)), np.zeros((2, 3)), np.zeros(3, np.float32))),
         (ValueError, "2 dimensions", lambda: _native.matmul(np.zeros(2), np.zeros((2, 3)))),
         (TypeError, "must be float32 or float64, got float16",
          lambda: _native.matmul(np.zeros((2, 2), np.float16), np.zeros((2, 2), np.float16))),

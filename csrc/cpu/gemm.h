@@ -10,20 +10,26 @@
 //   L2 cache    a block of A: kBlockRows rows, kDepth deep, as micro-panels of kTileRows rows
 //   L2/L3       a block of B: kDepth deep, kBlockColumns wide
 //
-// The nest does not know where A and B come from. It asks `left` and `right` to pack a part, and
-// `out` where a column of C lies:
+// The nest does not know where A and B come from. It asks `left` and `right` to pack a part, `out`
+// where a column of C lies, and `epilogue` what to do with a finished sum:
 //
 //   left.pack(dst, i0, rows, k0, depth)      dst[k][i] = A[i0 + i][k0 + k]      (one micro-panel)
 //   right.pack(dst, k0, depth, j0, columns)  dst[j / NR][k][j % NR] = B[k0 + k][j0 + j]
 //   out.column(j)                            address of C[0][j];  C[i][j] is i * out.row_stride on
 //   out.contiguous(j, n)                     do columns j ... j+n-1 lie side by side?
+//   epilogue.finish(i, j, n, sum, c)         c[t] = what becomes of C[i][j + t] = sum[t], t < n
 //
-// A convolution is this product with a `right` that packs straight from the image (conv.h).
+// A convolution is this product with a `right` that packs straight from the image (conv.h). T, the
+// type of a packed element, decides the arithmetic: float and double, or Word, four bytes at once
+// (narrow.h). The epilogue runs once for each element, when its sum is complete and its tile still
+// in the L1 cache; `sum` and `c` may be the same. C may be of another type than the sums are
+// (Epilogue::Result), which is how integers are requantized.
 //
 // Each element of C is computed by one thread, in the order of k, in chunks whose length depends
 // on the shape alone. So the bits depend neither on the number of threads nor on the blocks.
 #pragma once
 
+#include "narrow.h"
 #include "scratch.h"
 #include "simd.h"
 #include "threads.h"
@@ -37,35 +43,36 @@ constexpr Index kBlockColumns = 480;
 // ---- The micro-kernel -------------------------------------------------------------------------
 
 // C (M rows, V vectors) = or += sum over k of A[k][0..M) * B[k][0..V vectors); the last vector
-// of C has only `tail` columns. A[k] has M elements, B[k] has kTileColumns<T>.
-template <class T, int M, int V>
-void multiply_tile(Index depth, const T* a, const T* b, T* c, Index row_stride, Index tail,
+// of C has only `tail` columns. A[k] has M elements, B[k] has kTileColumns<T>. B may be stored in
+// fewer bits (Half, BFloat16, int8_t): they become T on the way into the registers.
+template <class T, class B, int M, int V>
+void multiply_tile(Index depth, const T* a, const B* b, Sum<T>* c, Index row_stride, Index tail,
                    bool add) {
-  Vec<T> sum[M][V];
+  Vec<Sum<T>> sum[M][V];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[i][v] = Vec<T>{};
+    for (int v = 0; v < V; ++v) sum[i][v] = Vec<Sum<T>>{};
   }
   for (Index k = 0; k < depth; ++k, a += M, b += kTileColumns<T>) {
     Vec<T> row[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) row[v] = load(b + v * kLanes<T>);
+    for (int v = 0; v < V; ++v) row[v] = load_as<T>(b + v * kLanes<T>);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[i][v] += a[i] * row[v];
+      for (int v = 0; v < V; ++v) sum[i][v] = multiply_add(a[i], row[v], sum[i][v]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
-    T* p = c + i * row_stride;
+    Sum<T>* p = c + i * row_stride;
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v, p += kLanes<T>) {
       if (v < V - 1 || tail == kLanes<T>) {
         store(p, add ? load(p) + sum[i][v] : sum[i][v]);
       } else {
-        T last[kLanes<T>];
+        Sum<T> last[kLanes<T>];
         store(last, sum[i][v]);
         for (Index t = 0; t < tail; ++t) p[t] = add ? p[t] + last[t] : last[t];
       }
@@ -73,31 +80,66 @@ void multiply_tile(Index depth, const T* a, const T* b, T* c, Index row_stride, 
   }
 }
 
-template <class T>
-using TileKernel = void (*)(Index depth, const T* a, const T* b, T* c, Index row_stride, Index tail,
-                            bool add);
+template <class T, class B>
+using TileKernel = void (*)(Index depth, const T* a, const B* b, Sum<T>* c, Index row_stride,
+                            Index tail, bool add);
 
 // One micro-kernel for every number of rows and vectors, so that a tile at the edge computes no
 // more than it must. kernels[rows - 1][vectors - 1].
-template <class T, int M = 1, int V = 1>
+template <class T, class B, int M = 1, int V = 1>
 struct FillTable {
   template <class Table>
   static constexpr void fill(Table& table) {
-    table.kernel[M - 1][V - 1] = &multiply_tile<T, M, V>;
+    table.kernel[M - 1][V - 1] = &multiply_tile<T, B, M, V>;
     if constexpr (V < kTileVectors) {
-      FillTable<T, M, V + 1>::fill(table);
+      FillTable<T, B, M, V + 1>::fill(table);
     } else if constexpr (M < kTileRows) {
-      FillTable<T, M + 1, 1>::fill(table);
+      FillTable<T, B, M + 1, 1>::fill(table);
     }
   }
 };
-template <class T>
+template <class T, class B>
 struct TileTable {
-  TileKernel<T> kernel[kTileRows][kTileVectors];
-  constexpr TileTable() : kernel{} { FillTable<T>::fill(*this); }
+  TileKernel<T, B> kernel[kTileRows][kTileVectors];
+  constexpr TileTable() : kernel{} { FillTable<T, B>::fill(*this); }
 };
+template <class T, class B>
+constexpr TileTable<T, B> tile_table{};
+
+template <class T, class B>
+TileKernel<T, B> kernel_for(const B*, Index rows, Index vectors) {
+  return tile_table<T, B>.kernel[rows - 1][vectors - 1];
+}
+
+// ---- Epilogues --------------------------------------------------------------------------------
+
 template <class T>
-constexpr TileTable<T> tile_table{};
+struct NoEpilogue {  // C is the sum
+  using Result = Sum<T>;
+};
+
+// A bias for each row or for each column (or neither: null), then perhaps ReLU.
+template <class T>
+struct Bias {
+  using Result = T;
+  const T *of_row, *of_column;
+  bool relu;
+  void finish(Index i, Index j, Index n, const T* sum, T* c) const {
+    const T row = of_row ? of_row[i] : 0;
+    if (of_column) {
+      for (Index t = 0; t < n; ++t) c[t] = sum[t] + of_column[j + t];
+    } else {
+      for (Index t = 0; t < n; ++t) c[t] = sum[t] + row;
+    }
+    if (!relu) return;
+    for (Index t = 0; t < n; ++t) c[t] = c[t] < 0 ? 0 : c[t];  // NaN stays NaN
+  }
+};
+
+template <class T, class U>
+constexpr bool is_same = false;
+template <class T>
+constexpr bool is_same<T, T> = true;
 
 // ---- The loop nest ----------------------------------------------------------------------------
 
@@ -118,28 +160,63 @@ inline Index depth_of_block(Index k, Index unit) {
   return smaller(k, unit <= kDepth / 2 ? round_up(depth, unit) : depth);
 }
 
-template <class T, class Left, class Right, class Out>
-void gemm(Index m, Index n, Index k, Index unit, const Left& left, const Right& right,
-          const Out& out) {
+// All of A, packed: for each block of depths, all the panels. m * k elements.
+template <class T, class Left>
+void pack_left(Index m, Index k, Index unit, const Left& left, T* dst) {
+  const EvenParts panels(m, kTileRows);
+  const Index depth = depth_of_block(k, unit), depths = divide_up(k, depth);
+  const auto pack = [&](Index job) {
+    const Index d = job / panels.parts, i = job % panels.parts;
+    const Index k0 = d * depth, kn = smaller(depth, k - k0);
+    left.pack(dst + k0 * m + panels.begin(i) * kn, panels.begin(i), panels.size(i), k0, kn);
+  };
+  if (m * k >= 16384) {
+    parallel_for(depths * panels.parts, pack);
+  } else {  // not worth waking anyone
+    for (Index job = 0; job < depths * panels.parts; ++job) pack(job);
+  }
+}
+
+// All of B, packed: for each block of depths, all the panels. k * round_up(n, NR) elements.
+template <class T, class Right>
+void pack_right(Index n, Index k, Index unit, const Right& right, T* dst) {
+  constexpr Index nr = kTileColumns<T>;
+  const Index depth = depth_of_block(k, unit), depths = divide_up(k, depth);
+  const Index panels = divide_up(n, nr);
+  parallel_for(depths * panels, [&](Index job) {
+    const Index k0 = job / panels * depth, kn = smaller(depth, k - k0), j = job % panels * nr;
+    right.pack(dst + k0 * panels * nr + j * kn, k0, kn, j, smaller(nr, n - j));
+  });
+}
+
+// What pack_right made, as an operand. E: the type it is stored in.
+template <class E>
+struct PackedRight {
+  const E* data;
+  Index width;  // n, rounded up to whole panels
+};
+
+// The part of B that a job works on: packed now, or long ago.
+template <class T, class Right>
+const T* block_of(const Right& right, T* room, Index k0, Index depth, Index j0, Index columns) {
+  right.pack(room, k0, depth, j0, columns);
+  return room;
+}
+template <class T, class E>
+const E* block_of(const PackedRight<E>& right, T*, Index k0, Index depth, Index j0, Index) {
+  return right.data + k0 * right.width + j0 * depth;
+}
+
+template <class T, class Right, class Out, class Epilogue>
+void gemm_packed(Index m, Index n, Index k, Index unit, const T* left, const Right& right,
+                 const Out& out, const Epilogue& epilogue) {
+  using Result = typename Epilogue::Result;
+  constexpr bool finishes = !is_same<Epilogue, NoEpilogue<T>>;
+  constexpr bool in_place =
+      is_same<Sum<T>, Result>;  // C itself can hold sums that are not complete
   constexpr Index nr = kTileColumns<T>;
   const Index depth = depth_of_block(k, unit), depths = divide_up(k, depth);
   const EvenParts panels(m, kTileRows);
-
-  // All of A is packed once, and shared by the threads: for each block of depths, all the panels.
-  const Scratch<T> packed_left(m * k);
-  const auto left_panel = [&](Index d, Index i) {
-    return packed_left.get() + d * depth * m + panels.begin(i) * smaller(depth, k - d * depth);
-  };
-  const auto pack_left = [&](Index job) {
-    const Index d = job / panels.parts, i = job % panels.parts;
-    left.pack(left_panel(d, i), panels.begin(i), panels.size(i), d * depth,
-              smaller(depth, k - d * depth));
-  };
-  if (m * k >= 16384) {
-    parallel_for(depths * panels.parts, pack_left);
-  } else {  // not worth waking anyone
-    for (Index job = 0; job < depths * panels.parts; ++job) pack_left(job);
-  }
 
   // C is cut into jobs: blocks of columns, several for each thread so that a slow one does no harm,
   // and if there are too few of them, blocks of rows as well.
@@ -155,37 +232,71 @@ void gemm(Index m, Index n, Index k, Index unit, const Left& left, const Right& 
     const Index first = row_parts.begin(job % row_parts.parts);
     const Index last = first + row_parts.size(job % row_parts.parts);
     const Scratch<T> packed_right(depth * round_up(columns, nr));
-    alignas(64) T corner[kTileRows * kTileColumns<T>];
+    alignas(64) Sum<T> corner[kTileRows * kTileColumns<T>];
+    // Sums that wait for their next block of depths, where C cannot hold them.
+    const Index row0 = panels.begin(first), rows_here = panels.begin(last) - row0;
+    const Scratch<Sum<T>> waiting(in_place || depths == 1 ? 0 : rows_here * round_up(columns, nr));
 
     for (Index d = 0; d < depths; ++d) {
       const Index k0 = d * depth, kn = smaller(depth, k - k0);
-      right.pack(packed_right.get(), k0, kn, j0, columns);
+      const auto* b_block = block_of(right, packed_right.get(), k0, kn, j0, columns);
+      const bool complete = d == depths - 1;
       for (Index block = first; block < last; block += kBlockRows / kTileRows) {
         const Index block_end = smaller(last, block + kBlockRows / kTileRows);
         for (Index j = 0; j < columns; j += nr) {
           const Index width_here = smaller(nr, columns - j);
           const Index vectors = divide_up(width_here, kLanes<T>);
           const Index tail = width_here - (vectors - 1) * kLanes<T>;
-          const T* b = packed_right.get() + j * kn;
-          T* column[kTileColumns<T>];
-          const bool direct = out.contiguous(j0 + j, width_here);
-          for (Index t = 0; t < (direct ? 1 : width_here); ++t) column[t] = out.column(j0 + j + t);
+          const auto* b = b_block + j * kn;
+          Result* column[kTileColumns<T>];
+          const bool side_by_side = out.contiguous(j0 + j, width_here);
+          for (Index t = 0; t < (side_by_side ? 1 : width_here); ++t) {
+            column[t] = out.column(j0 + j + t);
+          }
           for (Index i = block; i < block_end; ++i) {
-            const Index rows = panels.size(i), row0 = panels.begin(i) * out.row_stride;
-            const auto kernel = tile_table<T>.kernel[rows - 1][vectors - 1];
-            if (direct) {
-              kernel(kn, left_panel(d, i), b, column[0] + row0, out.row_stride, tail, d > 0);
-              continue;
+            const Index rows = panels.size(i), begin = panels.begin(i);
+            const T* a = left + k0 * m + begin * kn;
+            const auto kernel = kernel_for<T>(b, rows, vectors);
+            if constexpr (in_place) {
+              if (side_by_side) {
+                Result* c = column[0] + begin * out.row_stride;
+                kernel(kn, a, b, c, out.row_stride, tail, d > 0);
+                if constexpr (finishes) {
+                  for (Index r = 0; complete && r < rows; ++r, c += out.row_stride) {
+                    epilogue.finish(begin + r, j0 + j, width_here, c, c);
+                  }
+                }
+                continue;
+              }
             }
-            // The columns lie apart (two images, or every second pixel): by way of a small tile.
-            kernel(kn, left_panel(d, i), b, corner, nr, tail, false);
+            // The columns lie apart (two images, or every second pixel), or are of another type:
+            // by way of a small tile.
+            Sum<T>* tile = corner;
+            if constexpr (in_place) {
+              for (Index r = 0; d > 0 && r < rows; ++r) {
+                const Index row = (begin + r) * out.row_stride;
+                for (Index t = 0; t < width_here; ++t) tile[r * nr + t] = column[t][row];
+              }
+            } else if (depths > 1) {
+              tile = waiting.get() + j * rows_here + (begin - row0) * nr;
+            }
+            kernel(kn, a, b, tile, nr, tail, d > 0);
+            if (!in_place && !complete) continue;
             for (Index r = 0; r < rows; ++r) {
-              const Index row = row0 + r * out.row_stride;
-              const T* from = corner + r * nr;
-              if (d == 0) {
-                for (Index t = 0; t < width_here; ++t) column[t][row] = from[t];
-              } else {
-                for (Index t = 0; t < width_here; ++t) column[t][row] += from[t];
+              const Index row = (begin + r) * out.row_stride;
+              if constexpr (finishes) {
+                if (complete) {
+                  Result finished[kTileColumns<T>];
+                  Result* c = side_by_side ? column[0] + row : finished;
+                  epilogue.finish(begin + r, j0 + j, width_here, tile + r * nr, c);
+                  if (!side_by_side) {
+                    for (Index t = 0; t < width_here; ++t) column[t][row] = finished[t];
+                  }
+                  continue;
+                }
+              }
+              if constexpr (in_place) {
+                for (Index t = 0; t < width_here; ++t) column[t][row] = tile[r * nr + t];
               }
             }
           }
@@ -193,6 +304,14 @@ void gemm(Index m, Index n, Index k, Index unit, const Left& left, const Right& 
       }
     }
   });
+}
+
+template <class T, class Left, class Right, class Out, class Epilogue = NoEpilogue<T>>
+void gemm(Index m, Index n, Index k, Index unit, const Left& left, const Right& right,
+          const Out& out, const Epilogue& epilogue = {}) {
+  const Scratch<T> packed(m * k);  // shared by the threads
+  pack_left(m, k, unit, left, packed.get());
+  gemm_packed(m, n, k, unit, packed.get(), right, out, epilogue);
 }
 
 // ---- Matrices as operands ---------------------------------------------------------------------
@@ -244,9 +363,17 @@ struct MatrixOut {
   bool contiguous(Index, Index) const { return true; }
 };
 
+// C = A B, plus a bias for each column if there is one.
 template <class T>
-void matmul(Index m, Index n, Index k, Matrix<T> a, Matrix<T> b, T* c) {
-  gemm<T>(m, n, k, 1, MatrixLeft<T>{a}, MatrixRight<T>{b}, MatrixOut<T>{c, n});
+void matmul(Index m, Index n, Index k, Matrix<T> a, Matrix<T> b, const T* bias, T* c) {
+  const MatrixLeft<T> left{a};
+  const MatrixRight<T> right{b};
+  const MatrixOut<T> out{c, n};
+  if (bias) {
+    gemm<T>(m, n, k, 1, left, right, out, Bias<T>{nullptr, bias, false});
+  } else {
+    gemm<T>(m, n, k, 1, left, right, out);
+  }
 }
 
 }  // namespace minidl::MINIDL_ISA

@@ -34,6 +34,12 @@ template <>
 struct Simd<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
 };
+template <>
+struct Simd<std::int32_t> {
+  typedef std::int32_t Vec __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Simd<Word> : Simd<std::int32_t> {};
 template <class T>
 using Vec = typename Simd<T>::Vec;
 
@@ -75,17 +81,16 @@ inline void transpose(T* dst, Index ldd, const T* src, Index lds, Index rows, In
 #define MINIDL_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Int4{i, j, k, l})
 #endif
 
-// The same for floats: blocks of 4 x 4 are turned in registers, eight shuffles for 16 elements.
-template <>
-inline void transpose<float>(float* dst, Index ldd, const float* src, Index lds, Index rows,
-                             Index cols) {
+// The same for four bytes: blocks of 4 x 4 are turned in registers, eight shuffles for 16 elements.
+template <class T>
+inline void transpose_4x4(T* dst, Index ldd, const T* src, Index lds, Index rows, Index cols) {
   typedef float Float4 __attribute__((vector_size(16)));
   typedef int Int4 __attribute__((vector_size(16), unused));
   const Index rows4 = rows / 4 * 4, cols4 = cols / 4 * 4;
   for (Index r = 0; r < rows4; r += 4) {
     for (Index c = 0; c < cols4; c += 4) {
       Float4 a, b, d, e;
-      const float* s = src + r * lds + c;
+      const T* s = src + r * lds + c;
       std::memcpy(&a, s, 16);
       std::memcpy(&b, s + lds, 16);
       std::memcpy(&d, s + 2 * lds, 16);
@@ -98,7 +103,7 @@ inline void transpose<float>(float* dst, Index ldd, const float* src, Index lds,
       const Float4 column1 = MINIDL_SHUFFLE(ab_low, de_low, 2, 3, 6, 7);
       const Float4 column2 = MINIDL_SHUFFLE(ab_high, de_high, 0, 1, 4, 5);
       const Float4 column3 = MINIDL_SHUFFLE(ab_high, de_high, 2, 3, 6, 7);
-      float* q = dst + c * ldd + r;
+      T* q = dst + c * ldd + r;
       std::memcpy(q, &column0, 16);
       std::memcpy(q + ldd, &column1, 16);
       std::memcpy(q + 2 * ldd, &column2, 16);
@@ -111,6 +116,16 @@ inline void transpose<float>(float* dst, Index ldd, const float* src, Index lds,
   for (Index r = rows4; r < rows; ++r) {
     for (Index c = 0; c < cols; ++c) dst[c * ldd + r] = src[r * lds + c];
   }
+}
+template <>
+inline void transpose<float>(float* dst, Index ldd, const float* src, Index lds, Index rows,
+                             Index cols) {
+  transpose_4x4(dst, ldd, src, lds, rows, cols);
+}
+template <>
+inline void transpose<Word>(Word* dst, Index ldd, const Word* src, Index lds, Index rows,
+                            Index cols) {
+  transpose_4x4(dst, ldd, src, lds, rows, cols);
 }
 
 }  // namespace minidl::MINIDL_ISA

@@ -21,6 +21,16 @@ struct Matrix {
   Index row_stride, col_stride;
 };
 
+// Numbers that are stored in 16 bits and computed with as floats, and four bytes that are
+// multiplied and added up together (narrow.h).
+struct Half {  // IEEE 754 binary16
+  std::uint16_t bits;
+};
+struct BFloat16 {  // the upper half of a float
+  std::uint16_t bits;
+};
+enum class Word : std::uint32_t {};
+
 // The geometry of y = conv2d(x, w): x (n,c,h,w), w (o, c/groups, kh, kw), y (n,o,oh,ow).
 struct Conv2d {
   Index n, c, h, w;
@@ -42,7 +52,8 @@ struct Pool2d {
 // empty: the caller has dealt with sizes of zero.
 template <class T>
 struct KernelsFor {
-  void (*matmul)(Index m, Index n, Index k, Matrix<T> a, Matrix<T> b, T* c);
+  // bias: for each column, or null
+  void (*matmul)(Index m, Index n, Index k, Matrix<T> a, Matrix<T> b, const T* bias, T* c);
   void (*conv2d)(const Conv2d&, const T* x, const T* w, T* y);
   void (*conv2d_input)(const Conv2d&, const T* g, const T* w, T* gx);
   void (*conv2d_weight)(const Conv2d&, const T* g, const T* x, T* gw);
