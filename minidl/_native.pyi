@@ -1,6 +1,7 @@
-from typing import TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, TypeVar, overload
 
-from numpy import float32, float64, int32
+from numpy import float32, float64, int32, int64
 from numpy.typing import DTypeLike, NDArray
 
 T = TypeVar("T", float32, float64)
@@ -47,13 +48,128 @@ def matmul(a: NDArray[T], b: NDArray[T], bias: NDArray[T] | None = None) -> NDAr
 def matmul_naive(a: NDArray[T], b: NDArray[T]) -> NDArray[T]: ...
 def matmul_reordered(a: NDArray[T], b: NDArray[T]) -> NDArray[T]: ...
 def matmul_tiled(a: NDArray[T], b: NDArray[T]) -> NDArray[T]: ...
+@overload
 def max_pool2d(
     x: NDArray[T],
     kernel: Pair,
     stride: Pair,
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
+    return_index: Literal[True] = True,
 ) -> tuple[NDArray[T], NDArray[int32]]: ...
+@overload
+def max_pool2d(
+    x: NDArray[T],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    *,
+    return_index: Literal[False],
+) -> NDArray[T]: ...
+def max_pool2d_gradient(
+    g: NDArray[T],
+    x: NDArray[T],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+) -> NDArray[T]: ...
+def avg_pool2d(
+    x: NDArray[T], rows: Sequence[int], columns: Sequence[int], divisors: NDArray[float64]
+) -> NDArray[T]: ...
+def avg_pool2d_input(
+    y: NDArray[T],
+    input_size: Pair,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    divisors: NDArray[float64],
+) -> NDArray[T]: ...
+def statistics(x: NDArray[T], dim: Sequence[int]) -> tuple[NDArray[T], NDArray[T]] | None: ...
+def standardize(
+    x: NDArray[T],
+    weight: NDArray[T] | None,
+    bias: NDArray[T] | None,
+    dim: Sequence[int],
+    eps: float,
+    mean: NDArray[T],
+    variance: NDArray[T],
+) -> NDArray[T] | None: ...
+def standardize_gradient(
+    g: NDArray[T],
+    x: NDArray[T],
+    weight: NDArray[T] | None,
+    dim: Sequence[int],
+    eps: float,
+    mean: NDArray[T],
+    variance: NDArray[T],
+) -> tuple[NDArray[T], NDArray[T] | None, NDArray[T] | None] | None: ...
+def scale_shift(x: NDArray[T], scale: NDArray[T], shift: NDArray[T]) -> NDArray[T]: ...
+def softmax(x: NDArray[T], dim: int) -> NDArray[T]: ...
+def softmax_gradient(g: NDArray[T], y: NDArray[T], dim: int) -> NDArray[T]: ...
+def log_softmax(x: NDArray[T], dim: int) -> NDArray[T]: ...
+def log_softmax_gradient(g: NDArray[T], y: NDArray[T], dim: int) -> NDArray[T]: ...
+def cross_entropy(
+    x: NDArray[T], label: NDArray[int64], weight: NDArray[T] | None, label_smoothing: float
+) -> NDArray[T]: ...
+def cross_entropy_gradient(
+    g: NDArray[T],
+    x: NDArray[T],
+    label: NDArray[int64],
+    weight: NDArray[T] | None,
+    label_smoothing: float,
+) -> NDArray[T]: ...
+def dropout(
+    x: NDArray[T],
+    seed_low: int,
+    seed_high: int,
+    call: int,
+    threshold: int,
+    scale: float,
+    repeat: int,
+) -> NDArray[T]: ...
+def relu(x: NDArray[T]) -> NDArray[T]: ...
+def relu_gradient(g: NDArray[T], y: NDArray[T]) -> NDArray[T]: ...
+def sgd(
+    p: Sequence[NDArray[T]],
+    g: Sequence[NDArray[T]],
+    momentum_buffer: Sequence[NDArray[T]],
+    first: Sequence[bool],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None: ...
+def adam(
+    p: Sequence[NDArray[T]],
+    g: Sequence[NDArray[T]],
+    exp_avg: Sequence[NDArray[T]],
+    exp_avg_sq: Sequence[NDArray[T]],
+    max_exp_avg_sq: Sequence[NDArray[T]],
+    step_size: Sequence[float],
+    correction: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    shrink: float,
+    maximize: bool,
+) -> None: ...
+def rmsprop(
+    p: Sequence[NDArray[T]],
+    g: Sequence[NDArray[T]],
+    square_avg: Sequence[NDArray[T]],
+    grad_avg: Sequence[NDArray[T]],
+    momentum_buffer: Sequence[NDArray[T]],
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    maximize: bool,
+) -> None: ...
 def max_pool2d_input(g: NDArray[T], index: NDArray[int32], input_size: Pair) -> NDArray[T]: ...
 def peak_flops(dtype: DTypeLike) -> float: ...
 def memory_bandwidth(bytes: int = ...) -> float: ...

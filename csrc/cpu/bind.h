@@ -25,6 +25,7 @@ void bind_conv(py::module_& m);
 void bind_ladder(py::module_& m);
 void bind_matmul(py::module_& m);
 void bind_pool(py::module_& m);
+void bind_training(py::module_& m);
 
 using Pair = std::pair<Index, Index>;
 
@@ -56,6 +57,15 @@ const LadderFor<T>& ladder_of() {
   }
 }
 
+template <class T>
+const TrainingFor<T>& training_of() {
+  if constexpr (sizeof(T) == 4) {
+    return kernels().training->f32;
+  } else {
+    return kernels().training->f64;
+  }
+}
+
 // ---- Arrays -----------------------------------------------------------------------------------
 
 // Calls f(T{}) for the element type of `a`; `b` must have the same.
@@ -72,6 +82,9 @@ auto with_type(const char* op, const char* a_name, const py::array& a, const cha
   }
   return py::isinstance<py::array_t<float>>(a) ? f(float{}) : f(double{});
 }
+
+template <class T>
+using Plain = py::array_t<T, py::array::c_style>;
 
 // The array itself if it is C-contiguous and aligned, else a copy that is.
 template <class T>

@@ -43,6 +43,7 @@ PYBIND11_MODULE(_native, m) {
   bind_ladder(m);
   bind_matmul(m);
   bind_pool(m);
+  bind_training(m);
 
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("supported_isas", &supported_isas, "Those that this machine can run, the best first.");

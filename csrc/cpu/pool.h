@@ -10,6 +10,12 @@
 
 namespace minidl::MINIDL_ISA {
 
+inline bool side_by_side_2x2(const Pool2d& p) {
+  return p.kh == 2 && p.kw == 2 && p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 0 &&
+         p.pad_w == 0 && p.dilation_h == 1 && p.dilation_w == 1 && 2 * p.oh <= p.h &&
+         2 * p.ow <= p.w;
+}
+
 // 2x2 windows side by side: no window reaches over an edge, and a row is computed without a branch.
 template <class T>
 inline void max_pool_2x2_row(const T* __restrict above, const T* __restrict below, Index columns,
@@ -31,42 +37,86 @@ inline void max_pool_2x2_row(const T* __restrict above, const T* __restrict belo
   }
 }
 
+// The same where nobody asks who won.
+template <class T>
+inline void max_pool_2x2_row(const T* __restrict above, const T* __restrict below, Index columns,
+                             T* __restrict y) {
+  const auto larger_or_nan = [](T best, T next) {
+    return (next > best) | (next != next) ? next : best;
+  };
+  for (Index q = 0; q < columns; ++q) {
+    T best = larger_or_nan(above[2 * q], above[2 * q + 1]);
+    best = larger_or_nan(best, below[2 * q]);
+    y[q] = larger_or_nan(best, below[2 * q + 1]);
+  }
+}
+
+// The gradient of such a row: the winner is found again, and all four pixels are written.
+template <class T>
+inline void max_pool_2x2_gradient_row(const T* __restrict above, const T* __restrict below,
+                                      Index columns, const T* __restrict g, T* __restrict to_above,
+                                      T* __restrict to_below) {
+  for (Index q = 0; q < columns; ++q) {
+    const T a = above[2 * q], b = above[2 * q + 1], c = below[2 * q], d = below[2 * q + 1];
+    const bool b_wins = (b > a) | (b != b);
+    const T of_above = b_wins ? b : a;
+    const bool c_wins = (c > of_above) | (c != c);
+    const T of_three = c_wins ? c : of_above;
+    const bool d_wins = (d > of_three) | (d != d), in_above = !(c_wins | d_wins);
+    to_above[2 * q] = in_above & !b_wins ? g[q] : T(0);
+    to_above[2 * q + 1] = in_above & b_wins ? g[q] : T(0);
+    to_below[2 * q] = c_wins & !d_wins ? g[q] : T(0);
+    to_below[2 * q + 1] = d_wins ? g[q] : T(0);
+  }
+}
+
+// Where in its plane the winner of a window is.
+template <class T>
+inline Index winner_of_window(const Pool2d& p, const T* in, Index row, Index column) {
+  const Index top = row * p.stride_h - p.pad_h, left = column * p.stride_w - p.pad_w;
+  const Index r0 = top >= 0 ? 0 : divide_up(-top, p.dilation_h);
+  const Index s0 = left >= 0 ? 0 : divide_up(-left, p.dilation_w);
+  Index winner = (top + r0 * p.dilation_h) * p.w + left + s0 * p.dilation_w;
+  for (Index r = r0; r < p.kh && top + r * p.dilation_h < p.h; ++r) {
+    for (Index s = s0; s < p.kw && left + s * p.dilation_w < p.w; ++s) {
+      const Index at = (top + r * p.dilation_h) * p.w + left + s * p.dilation_w;
+      if (in[at] > in[winner] || in[at] != in[at]) winner = at;
+    }
+  }
+  return winner;
+}
+
+constexpr Index kPlanes = 8;  // planes a job
+
+template <class F>
+void for_planes(Index planes, const F& f) {
+  parallel_for(divide_up(planes, kPlanes), [&](Index job) {
+    for (Index plane = job * kPlanes; plane < smaller(planes, (job + 1) * kPlanes); ++plane) {
+      f(plane);
+    }
+  });
+}
+
+// `index` may be null.
 template <class T>
 void max_pool2d(const Pool2d& p, const T* x, T* y, std::int32_t* index) {
-  const bool is_2x2 = p.kh == 2 && p.kw == 2 && p.stride_h == 2 && p.stride_w == 2 &&
-                      p.pad_h == 0 && p.pad_w == 0 && p.dilation_h == 1 && p.dilation_w == 1 &&
-                      2 * p.oh <= p.h && 2 * p.ow <= p.w;
-  constexpr Index kPlanes = 8;  // planes a job
-  parallel_for(divide_up(p.planes, kPlanes), [&](Index job) {
-    for (Index plane = job * kPlanes; plane < smaller(p.planes, (job + 1) * kPlanes); ++plane) {
-      const T* in = x + plane * p.h * p.w;
-      T* out = y + plane * p.oh * p.ow;
-      std::int32_t* winners = index + plane * p.oh * p.ow;
-      for (Index row = 0; row < p.oh; ++row, out += p.ow, winners += p.ow) {
-        if (is_2x2) {
-          const T* above = in + 2 * row * p.w;
-          max_pool_2x2_row(above, above + p.w, p.ow, static_cast<std::int32_t>(2 * row * p.w),
-                           static_cast<std::int32_t>(p.w), out, winners);
-          continue;
-        }
-        const Index top = row * p.stride_h - p.pad_h;
-        const Index r0 = top >= 0 ? 0 : divide_up(-top, p.dilation_h);
-        for (Index q = 0; q < p.ow; ++q) {
-          const Index left = q * p.stride_w - p.pad_w;
-          const Index s0 = left >= 0 ? 0 : divide_up(-left, p.dilation_w);
-          Index winner = (top + r0 * p.dilation_h) * p.w + left + s0 * p.dilation_w;
-          T best = in[winner];
-          for (Index r = r0; r < p.kh && top + r * p.dilation_h < p.h; ++r) {
-            for (Index s = s0; s < p.kw && left + s * p.dilation_w < p.w; ++s) {
-              const Index at = (top + r * p.dilation_h) * p.w + left + s * p.dilation_w;
-              if (in[at] > best || in[at] != in[at]) {
-                best = in[at];
-                winner = at;
-              }
-            }
-          }
-          out[q] = best;
-          winners[q] = static_cast<std::int32_t>(winner);
+  const bool is_2x2 = side_by_side_2x2(p);
+  for_planes(p.planes, [&](Index plane) {
+    const T* in = x + plane * p.h * p.w;
+    T* out = y + plane * p.oh * p.ow;
+    std::int32_t* winners = index ? index + plane * p.oh * p.ow : nullptr;
+    for (Index row = 0; row < p.oh; ++row) {
+      const T* above = in + 2 * row * p.w;
+      if (is_2x2 && winners) {
+        max_pool_2x2_row(above, above + p.w, p.ow, static_cast<std::int32_t>(2 * row * p.w),
+                         static_cast<std::int32_t>(p.w), out + row * p.ow, winners + row * p.ow);
+      } else if (is_2x2) {
+        max_pool_2x2_row(above, above + p.w, p.ow, out + row * p.ow);
+      } else {
+        for (Index q = row * p.ow; q < (row + 1) * p.ow; ++q) {
+          const Index winner = winner_of_window(p, in, row, q - row * p.ow);
+          out[q] = in[winner];
+          if (winners) winners[q] = static_cast<std::int32_t>(winner);
         }
       }
     }
@@ -74,8 +124,27 @@ void max_pool2d(const Pool2d& p, const T* x, T* y, std::int32_t* index) {
 }
 
 template <class T>
+void max_pool2d_gradient(const Pool2d& p, const T* x, const T* g, T* gx) {
+  const bool is_2x2 = side_by_side_2x2(p);
+  const bool all_covered = is_2x2 && 2 * p.oh == p.h && 2 * p.ow == p.w;
+  for_planes(p.planes, [&](Index plane) {
+    const T* in = x + plane * p.h * p.w;
+    const T* from = g + plane * p.oh * p.ow;
+    T* out = gx + plane * p.h * p.w;
+    if (!all_covered) std::memset(out, 0, static_cast<std::size_t>(p.h * p.w) * sizeof(T));
+    for (Index row = 0; row < p.oh; ++row, from += p.ow) {
+      if (is_2x2) {
+        const Index above = 2 * row * p.w, below = above + p.w;
+        max_pool_2x2_gradient_row(in + above, in + below, p.ow, from, out + above, out + below);
+      } else {
+        for (Index q = 0; q < p.ow; ++q) out[winner_of_window(p, in, row, q)] += from[q];
+      }
+    }
+  });
+}
+
+template <class T>
 bool max_pool2d_input(const Pool2d& p, const T* g, const std::int32_t* index, T* gx) {
-  constexpr Index kPlanes = 8;
   const Scratch<char> valid(divide_up(p.planes, kPlanes));
   parallel_for(divide_up(p.planes, kPlanes), [&](Index job) {
     bool all_inside = true;

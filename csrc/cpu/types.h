@@ -78,11 +78,111 @@ struct Ladder {
   LadderFor<double> f64;
 };
 
+// Windows of an image that are averaged: window (p, q) has the rows rows[2p] to rows[2p+1]-1 and
+// columns likewise, and its sum is divided by divisors[p * ow + q].
+struct Windows {
+  Index planes, h, w, oh, ow;
+  const Index* rows;
+  const Index* columns;
+  const double* divisors;
+};
+
+// The geometry of a normalisation. A group of elements shares a mean and a variance; it lies in
+// memory as `runs` runs of `length` elements side by side:
+//   batch norm: a channel, of which each image holds a run;  layer norm: a sample, one run;
+//   group norm: some channels of a sample, a run each.
+// Weight and bias of a run start at (group % weight_period) * weight_stride + run * weight_step; if
+// `along`, each element has its own, else the whole run shares that one.
+struct Norm {
+  Index groups, runs, length;
+  Index group_stride, run_stride;
+  Index weight_period, weight_stride, weight_step;
+  bool along;
+};
+
+// Scores of `classes` classes for outer * inner samples: x (outer, classes, inner).
+struct Scores {
+  Index outer, classes, inner;
+};
+
+// The numbers 0 ... count-1 of a Philox stream, `repeat` elements to each.
+struct Mask {
+  std::uint64_t key[2], call;
+  std::uint32_t threshold;  // of 2^24: a number below it drops its elements
+  Index count, repeat;
+};
+
+// One parameter of an optimizer's step: its array, its gradient, and what is remembered of it.
+template <class T>
+struct Slice {
+  T* p;
+  const T* g;
+  T* state[3];  // null: the optimizer as it is set needs none
+  Index size;
+  T step_size, correction;  // Adam's, which depend on how often this parameter was updated
+  bool first;               // SGD's first step with momentum
+};
+template <class T>
+struct Sgd {
+  T lr, momentum, share, weight_decay;  // share = 1 - dampening
+  bool nesterov, maximize;
+};
+template <class T>
+struct Adam {
+  T beta1, beta2, one_less_beta1, one_less_beta2, eps;
+  T weight_decay;  // as an L2 penalty
+  T shrink;        // what p is multiplied by: decoupled weight decay
+  bool maximize;
+};
+template <class T>
+struct RmsProp {
+  T lr, alpha, one_less_alpha, eps, weight_decay, momentum;
+  bool maximize;
+};
+
+// What else a training step does, for one element type.
+template <class T>
+struct TrainingFor {
+  void (*max_pool2d_gradient)(const Pool2d&, const T* x, const T* g, T* gx);
+  void (*avg_pool2d)(const Windows&, const T* x, T* y);
+  void (*avg_pool2d_input)(const Windows&, const T* y, T* x);
+  void (*statistics)(const Norm&, const T* x, T* mean, T* variance);
+  void (*standardize)(const Norm&, T eps, const T* x, const T* weight, const T* bias, const T* mean,
+                      const T* variance, T* y);
+  // gw and gb have the size of weight and bias; with `along` or several groups to a weight, the
+  // sums over groups are cut into parts that depend on the shape alone.
+  void (*standardize_gradient)(const Norm&, T eps, const T* g, const T* x, const T* weight,
+                               const T* mean, const T* variance, T* gx, T* gw, T* gb);
+  void (*scale_shift)(Index planes, Index channels, Index size, const T* x, const T* scale,
+                      const T* shift, T* y);
+  void (*softmax)(const Scores&, const T* x, T* y);
+  void (*softmax_gradient)(const Scores&, const T* g, const T* y, T* gx);
+  void (*log_softmax)(const Scores&, const T* x, T* y);
+  void (*log_softmax_gradient)(const Scores&, const T* g, const T* y, T* gx);
+  // Labels outside [0, classes) do not count. `weight` may be null.
+  void (*cross_entropy)(const Scores&, const T* x, const Index* label, const T* weight, T smoothing,
+                        T* loss);
+  void (*cross_entropy_gradient)(const Scores&, const T* g, bool one_g, const T* x,
+                                 const Index* label, const T* weight, T smoothing, T* gx);
+  void (*dropout)(const Mask&, const T* x, T scale, T* y);
+  void (*relu)(Index n, const T* x, T* y);
+  void (*relu_gradient)(Index n, const T* g, const T* y, T* gx);
+  void (*sgd)(const Sgd<T>&, Index count, const Slice<T>* slices);
+  void (*adam)(const Adam<T>&, Index count, const Slice<T>* slices);
+  void (*rmsprop)(const RmsProp<T>&, Index count, const Slice<T>* slices);
+};
+
+struct Training {
+  TrainingFor<float> f32;
+  TrainingFor<double> f64;
+};
+
 struct Kernels {
   const char* isa;
   KernelsFor<float> f32;
   KernelsFor<double> f64;
   const Ladder* ladder;
+  const Training* training;
 };
 
 }  // namespace minidl
