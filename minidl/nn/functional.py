@@ -25,7 +25,7 @@ from minidl.ops import rnn as rnn_op
 from minidl.ops import softmax as softmax_op
 from minidl.ops.elementwise import clamp, exp, log, where
 from minidl.ops.elementwise import softplus as log_1_exp
-from minidl.ops.norm import standardize
+from minidl.ops.norm import scale_shift, standardize, statistics_of
 from minidl.tensor import Tensor, raw
 
 Size = int | Sequence[int]
@@ -585,7 +585,7 @@ def batch_norm(
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(f"{name}: training=False needs running_mean and running_var")
-        return rescale(input, running_mean.reshape(along), running_var.reshape(along), w, b, eps)
+        return rescale(input, running_mean, running_var, weight, bias, eps)
 
     dims = (0, *range(2, input.ndim))
     count = input.numel() // max(channels, 1)
@@ -594,18 +594,20 @@ def batch_norm(
             f"{name}: one value a channel, shape {tuple(input.shape)}, has no variance to train "
             "with: use a larger batch, or call eval()"
         )
+    statistics = mean, var = statistics_of(input.array, dims)
     if running_mean is not None:
-        follow(running_mean, input.array.mean(axis=dims), momentum)
+        follow(running_mean, mean.reshape(channels), momentum)
     if running_var is not None:
-        follow(running_var, input.array.var(axis=dims, ddof=1), momentum)
-    return standardize(input, w, b, dim=dims, eps=eps)
+        follow(running_var, var.reshape(channels) * (count / (count - 1)), momentum)
+    return standardize(input, w, b, dim=dims, eps=eps, statistics=statistics)
 
 
 def rescale(input: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-    """(x - mean) / √(var + ε) · weight + bias, with given statistics."""
+    """(x - mean) / √(var + ε) · weight + bias, with given statistics: x · scale + shift."""
     scale = (var + eps).rsqrt()
-    y = (input - mean) * (scale if weight is None else scale * weight)
-    return y if bias is None else y + bias
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return scale_shift(input, scale, shift if bias is None else shift + bias)
 
 
 def follow(running: Tensor, batch: Any, momentum: float) -> None:

@@ -8,7 +8,7 @@ from tests.oracles import loops, pytorch
 
 
 @loops("standardize")
-def _(x, weight, bias, *, dim, eps):
+def _(x, weight, bias, *, dim, eps, statistics):
     dims = {d % x.ndim for d in dim}
     y = np.zeros(x.shape)
     kept = [1 if d in dims else n for d, n in enumerate(x.shape)]
@@ -29,10 +29,24 @@ def _(x, weight, bias, *, dim, eps):
 
 
 @pytorch("standardize")
-def _(x, weight, bias, *, dim, eps):
+def _(x, weight, bias, *, dim, eps, statistics):
     import torch
 
     away = x - x.mean(dim, keepdim=True)
     y = away / torch.sqrt((away**2).mean(dim, keepdim=True) + eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
+
+
+@loops("scale_shift")
+def _(x, scale, shift):
+    y = np.zeros(x.shape)
+    for at in np.ndindex(*x.shape):
+        y[at] = x[at] * scale[at[1]] + shift[at[1]]
+    return y
+
+
+@pytorch("scale_shift")
+def _(x, scale, shift):
+    along = (-1,) + (1,) * (x.ndim - 2)
+    return x * scale.reshape(along) + shift.reshape(along)
