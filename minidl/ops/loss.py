@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from minidl import backend
+from minidl.backend.native import native, why_missing
 from minidl.op import op, sample
 from minidl.ops.elementwise import abs_, clamp, log, softplus, where
 from minidl.ops.reduce import mean, sum_
@@ -109,6 +110,38 @@ def _(g, x, target, *, weight, ignore_index, reduction, label_smoothing):
     elif reduction == "none":
         g = g.reshape((x.shape[0], 1, *x.shape[2:]))
     return g * (softmax(x, dim=1) * q.sum(axis=1, keepdims=True) - q), None
+
+
+@cross_entropy.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x, target, *, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    check_labels(target, x.shape, ignore_index)
+    labels, weight = counted_labels(x, target, weight, ignore_index)
+    losses = native.cross_entropy(x, labels, weight, label_smoothing)
+    if reduction == "mean":
+        return losses.sum() / total_weight(labels, weight, x.dtype)
+    return reduced(losses, reduction)
+
+
+@cross_entropy.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(g, x, target, *, weight, ignore_index, reduction, label_smoothing):
+    labels, weight = counted_labels(x, target, weight, ignore_index)
+    if reduction == "mean":
+        g = g / (total_weight(labels, weight, x.dtype) or 1)
+    g = np.asarray(g, x.dtype)
+    return native.cross_entropy_gradient(g, x, labels, weight, label_smoothing), None
+
+
+def counted_labels(x: Any, target: Any, weight: Any, ignore_index: int) -> tuple[Any, Any]:
+    """Labels with -1 for those that do not count, and the weights typed as the scores."""
+    labels = np.where(target == ignore_index, -1, target).astype(np.int64, copy=False)
+    return labels, None if weight is None else weight.astype(x.dtype, copy=False)
+
+
+def total_weight(labels: Any, weight: Any, dtype: Any) -> Any:
+    """What "mean" divides by: how many labels count, or the sum of their weights."""
+    counted = labels >= 0
+    total = np.count_nonzero(counted) if weight is None else weight[labels[counted]].sum()
+    return np.asarray(total, dtype)[()]
 
 
 def cross_entropy_loss(
@@ -249,6 +282,10 @@ def _(rng):
     yield sample(rng.normal(size=(2, 3, 4)), rng.integers(0, 3, size=(2, 4)))
     yield sample(rng.normal(size=(2, 3, 2, 2)), rng.integers(0, 3, size=(2, 2, 2)))
     yield sample(rng.normal(size=(0, 4)), np.zeros(0, int), reduction="sum")
+    yield sample(rng.normal(size=(3, 37)) * 9, rng.integers(0, 37, size=3), label_smoothing=0.1)
+    wide = rng.integers(0, 3, size=(2, 37))
+    yield sample(rng.normal(size=(2, 3, 37)), wide, weight=weight[:3], label_smoothing=0.1)
+    yield sample(rng.normal(size=(2, 3, 37)), wide, ignore_index=1, reduction="none")
     yield sample(x, np.array([0, 1, 3, 2, 1]), weight=weight, ignore_index=1, label_smoothing=0.1)
 
 

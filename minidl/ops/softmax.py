@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from minidl.backend.native import native, why_missing
 from minidl.op import op, sample
 from minidl.ops.elementwise import exp
 from minidl.ops.reduce import with_dims
@@ -48,6 +49,26 @@ def _(g, out, x, *, dim, keepdim):
     return (with_dims(g, x.shape, dim, keepdim) * p,)
 
 
+@softmax.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x, *, dim):
+    return native.softmax(x, dim % x.ndim)
+
+
+@softmax.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(g, out, *, dim):
+    return (native.softmax_gradient(g, out, dim % out.ndim),)
+
+
+@log_softmax.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x, *, dim):
+    return native.log_softmax(x, dim % x.ndim)
+
+
+@log_softmax.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(g, out, *, dim):
+    return (native.log_softmax_gradient(g, out, dim % out.ndim),)
+
+
 @softmax.samples
 @log_softmax.samples
 def _(rng):
@@ -55,6 +76,8 @@ def _(rng):
     yield sample(rng.normal(size=(3, 4, 2)) * 2, dim=0)
     yield sample(rng.normal(size=(3, 4, 2)) * 2, dim=-2)
     yield sample(rng.normal(size=(0, 4)), dim=1)
+    yield sample(rng.normal(size=(2, 37)) * 9, dim=-1)
+    yield sample(rng.normal(size=(2, 3, 37)) * 9, dim=1)
 
 
 @logsumexp.samples
