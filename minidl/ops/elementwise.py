@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from minidl import backend
+from minidl.backend.native import native, why_missing
 from minidl.op import op, sample
 
 # Arithmetic -------------------------------------------------------------------------------
@@ -204,6 +205,16 @@ def relu(x):
 @relu.gradient
 def _(g, out):
     return (g * (out > 0),)
+
+
+@relu.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x):
+    return native.relu(x)
+
+
+@relu.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(g, out):
+    return (native.relu_gradient(g, out),)
 
 
 @op

@@ -295,7 +295,14 @@ def adaptive_max_pool2d_index(x: Any, *, output_size: Pair) -> Any:
 def _(x, *, kernel_size, ceil_mode=False, **how):
     if ceil_mode:  # C++ has none
         return max_pool2d.op.formula(x, kernel_size=kernel_size, ceil_mode=True, **how)
-    return native.max_pool2d(x, kernel_size, **how)[0]
+    return native.max_pool2d(x, kernel_size, **how, return_index=False)
+
+
+@max_pool2d.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(g, x, *, kernel_size, ceil_mode, **how):
+    if ceil_mode:  # C++ has none
+        return max_pool2d.op.rule(g, x, kernel_size=kernel_size, ceil_mode=True, **how)
+    return (native.max_pool2d_gradient(g, x, kernel_size, **how),)
 
 
 @max_pool2d_index.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
@@ -303,6 +310,72 @@ def _(x, *, kernel_size, ceil_mode=False, **how):
     if ceil_mode:  # C++ has none
         return max_pool2d_index.op.formula(x, kernel_size=kernel_size, ceil_mode=True, **how)
     return native.max_pool2d(x, kernel_size, **how)[1]
+
+
+def means(
+    size: Pair, out_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, *how: Any
+) -> tuple[list[int], list[int], Any]:
+    """Where the windows of an average pool begin and end, and what their sums are divided by."""
+    edges: list[list[int]] = []
+    for n, count, k, s, p in zip(size, out_size, kernel_size, stride, padding, strict=True):
+        starts = [i * s - p for i in range(count)]
+        edges.append([e for a in starts for e in (min(max(a, 0), n), max(min(a + k, n), 0))])
+    y = np.empty((1, 1, *out_size))
+    divisor = divisors(y, size, kernel_size, stride, padding, *how)
+    return edges[0], edges[1], np.broadcast_to(np.asarray(divisor, np.float64), out_size)
+
+
+@avg_pool2d.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(
+    x,
+    *,
+    kernel_size,
+    stride,
+    padding=(0, 0),
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
+):
+    how = (x.shape[2:], kernel_size, stride, padding)
+    out_size = output_size(*how, (1, 1), ceil_mode)
+    windows = means(how[0], out_size, *how[1:], count_include_pad, divisor_override)
+    return native.avg_pool2d(x, *windows)
+
+
+@avg_pool2d_input.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(
+    y,
+    *,
+    input_size,
+    kernel_size,
+    stride,
+    padding=(0, 0),
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
+):
+    how = (kernel_size, stride, padding, count_include_pad, divisor_override)
+    return native.avg_pool2d_input(y, input_size, *means(input_size, y.shape[2:], *how))
+
+
+def adaptive_means(size: Pair, out_size: Pair) -> tuple[list[int], list[int], Any]:
+    """The same for an adaptive pool."""
+    edges = [
+        [e for i in range(m) for e in (i * n // m, -(-(i + 1) * n // m))]
+        for n, m in zip(size, out_size, strict=True)
+    ]
+    lengths = [np.diff(np.reshape(e, (-1, 2)), axis=1)[:, 0] for e in edges]
+    return edges[0], edges[1], np.outer(*lengths).astype(np.float64)
+
+
+@adaptive_avg_pool2d.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x, *, output_size):
+    return native.avg_pool2d(x, *adaptive_means(x.shape[2:], output_size))
+
+
+@adaptive_avg_pool2d_input.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(y, *, input_size):
+    return native.avg_pool2d_input(y, input_size, *adaptive_means(input_size, y.shape[2:]))
 
 
 @max_pool2d_input.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
