@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from minidl.optim.optimizer import Optimizer
+from minidl.backend.native import native
+from minidl.optim.optimizer import Optimizer, Update
 from minidl.tensor import Tensor
 
 
@@ -31,6 +32,11 @@ def remember(state: dict[str, Any], p: Any, *names: str) -> list[Any]:
         if name not in state:
             state[name] = Tensor(np.zeros_like(p))
     return [state[name].array for name in names]
+
+
+def remembered(updates: list[Update], *names: str) -> list[list[Any]]:
+    """`remember` for all parameters: for each name a list of arrays."""
+    return [list(arrays) for arrays in zip(*(remember(u.state, u.p, *names) for u in updates))]
 
 
 class Adam(Optimizer):
@@ -84,6 +90,22 @@ class Adam(Optimizer):
         np.add(scratch, group["eps"], out=scratch)
         np.divide(m, scratch, out=scratch)
         p -= np.multiply(scratch, lr / (1 - beta1**t), out=scratch)
+
+    def update_fused(self, updates: list[Update], group: dict[str, Any]) -> bool:
+        lr, (beta1, beta2), weight_decay = group["lr"], group["betas"], group["weight_decay"]
+        step_sizes, corrections = [], []
+        for u in updates:
+            t = u.state["step"] = u.state.get("step", 0) + 1
+            step_sizes.append(lr / (1 - beta1**t))
+            corrections.append(math.sqrt(1 - beta2**t))
+        m, v = remembered(updates, "exp_avg", "exp_avg_sq")
+        largest = remembered(updates, "max_exp_avg_sq")[0] if group["amsgrad"] else []
+        decay, shrink = (0.0, 1 - lr * weight_decay) if self.decoupled else (weight_decay, 1.0)
+        native.adam(  # type: ignore[union-attr]
+            [u.p for u in updates], [u.g for u in updates], m, v, largest, step_sizes, corrections,
+            beta1, beta2, group["eps"], decay, shrink, group["maximize"],
+        )  # fmt: skip
+        return True
 
 
 class AdamW(Adam):
@@ -154,6 +176,19 @@ class RMSprop(Optimizer):
         else:
             np.multiply(scratch, group["lr"], out=scratch)
         p -= scratch
+
+    def update_fused(self, updates: list[Update], group: dict[str, Any]) -> bool:
+        for u in updates:
+            u.state["step"] = u.state.get("step", 0) + 1
+        (v,) = remembered(updates, "square_avg")
+        m = remembered(updates, "grad_avg")[0] if group["centered"] else []
+        buffers = remembered(updates, "momentum_buffer")[0] if group["momentum"] else []
+        native.rmsprop(  # type: ignore[union-attr]
+            [u.p for u in updates], [u.g for u in updates], v, m, buffers, group["lr"],
+            group["alpha"], group["eps"], group["weight_decay"], group["momentum"],
+            group["maximize"],
+        )  # fmt: skip
+        return True
 
 
 class Adagrad(Optimizer):

@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minidl import backend
 from minidl.autograd import enable_grad, written
+from minidl.backend.native import native
 from minidl.nn.module import zero_grad
 from minidl.tensor import Tensor
+
+
+class Update(NamedTuple):
+    """A parameter's array, its gradient, and what the optimizer remembers of it."""
+
+    p: Any
+    g: Any
+    state: dict[str, Any]
+
+    def dtype(self) -> Any:
+        """The dtype, if the kernels can read and write all these arrays; else None."""
+        states = [v.array for v in self.state.values() if isinstance(v, Tensor)]
+        dtype = self.p.dtype
+        for a in (self.p, self.g, *states):
+            if type(a) is not np.ndarray or a.dtype != dtype:
+                return None
+            if not (a.flags.c_contiguous and a.flags.aligned):
+                return None
+        return dtype if dtype in (np.float32, np.float64) else None
 
 
 class Optimizer:
     """Changes parameters by their gradients. A subclass writes `update`, on bare arrays.
 
     Attributes:
+        fused: whether kernels in C++ update all parameters in one call, where there are such
+            kernels; `update` is their formula. (PyTorch's name, there an argument.)
         param_groups: a list of dicts: "params", and the settings that hold for them ("lr", ...).
             Schedules and users change settings here.
         state: what the optimizer remembers of each parameter: Tensors, and the number of steps.
     """
+
+    fused = native is not None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         """
@@ -85,14 +109,32 @@ class Optimizer:
             with enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    g, array = p.grad.array, p.array
-                    if group.get("maximize"):
-                        g = np.negative(g, out=self.scratch(g, "negative"))
-                    self.update(array, g, self.state.setdefault(p, {}), group)
-                    written(array)
+            updates = [
+                Update(p.array, p.grad.array, self.state.setdefault(p, {}))
+                for p in group["params"]
+                if p.grad is not None
+            ]
+            alike: dict[Any, list[Update]] = {}  # by dtype, or None: not for the kernels
+            for u in updates:
+                alike.setdefault(u.dtype() if self.fused else None, []).append(u)
+            for dtype, some in alike.items():
+                if dtype is None or not self.update_fused(some, group):
+                    for u in some:
+                        g = u.g
+                        if group.get("maximize"):
+                            g = np.negative(g, out=self.scratch(g, "negative"))
+                        self.update(u.p, g, u.state, group)
+            for u in updates:
+                written(u.p)
         return loss
+
+    def update_fused(self, updates: list[Update], group: dict[str, Any]) -> bool:
+        """Do what `update` does for all of these, of one dtype, by one kernel in C++.
+
+        Returns:
+            False: there is no such kernel; nothing is changed.
+        """
+        return False
 
     def update(self, p: Any, g: Any, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Change the array `p` in place by its gradient `g` (which stays as it is)."""

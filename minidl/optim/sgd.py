@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from minidl.optim.optimizer import Optimizer, axpy
+from minidl.backend.native import native
+from minidl.optim.optimizer import Optimizer, Update, axpy
 from minidl.tensor import Tensor
 
 
@@ -56,3 +57,17 @@ class SGD(Optimizer):
                     v += g
             g = axpy(momentum, v, g, scratch) if group["nesterov"] else v
         p -= np.multiply(g, group["lr"], out=scratch)
+
+    def update_fused(self, updates: list[Update], group: dict[str, Any]) -> bool:
+        first, buffers = [], []
+        for u in updates if group["momentum"] else ():
+            first.append(u.state.get("momentum_buffer") is None)
+            if first[-1]:
+                u.state["momentum_buffer"] = Tensor(np.empty_like(u.p))
+            buffers.append(u.state["momentum_buffer"].array)
+        native.sgd(  # type: ignore[union-attr]
+            [u.p for u in updates], [u.g for u in updates], buffers, first, group["lr"],
+            group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"],
+            group["maximize"],
+        )  # fmt: skip
+        return True
