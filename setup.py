@@ -6,9 +6,11 @@ reason is printed, and written to minidl/_native_missing.txt, from where `minidl
     MINIDL_NO_NATIVE=1        do not build the kernels
     MINIDL_REQUIRE_NATIVE=1   fail if they cannot be built
     MINIDL_SANITIZE=address   or undefined, thread: build them with that sanitizer
+    CMAKE_ARGS="-D..."        hand this to CMake as well
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -74,6 +76,7 @@ class BuildWithCMake(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DMINIDL_VERSION={self.distribution.get_version()}",
             f"-DMINIDL_SANITIZE={os.environ.get('MINIDL_SANITIZE', '')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         if ninja := shutil.which("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

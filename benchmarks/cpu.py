@@ -463,7 +463,7 @@ def table(rows: list[Any]) -> list[str]:
         f"**{math.exp(np.mean([math.log(ratio(row, o, t)) for row in rows])):.2f}**"
         for o, t in pairs
     ]
-    if len(rows) > 1:
+    if len(rows) > 2:
         blank = [""] * len(rows[0]["times"])
         after = [""] * len(rows[0].get("memory", {}))
         lines.append("| " + " | ".join(["geometric mean", *blank, *means, *after]) + " |")
@@ -492,7 +492,7 @@ def write(record: dict[str, Any], known: dict[str, Section], out: Path) -> None:
         "",
         "Written by `benchmarks/cpu.py`, which says how it measures. " + record["machine"],
         "",
-        "Times in ms, the median; ratios are their time over ours: above 1, minidl is the faster. "
+        "Ratios are their time over ours: above 1, minidl is the faster. "
         "“direct” is minidl without Winograd. Memory is a process's peak, library included.",
     ]
     for name, section in known.items():
