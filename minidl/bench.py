@@ -109,16 +109,14 @@ def measure_roofs() -> Roofs | None:
     return Roofs(native.peak_flops("float32") / 1e9, native.memory_bandwidth() / 1e9)
 
 
-def median_seconds(call: Callable[[], Any], seconds: float) -> float:
-    """The median of three calls or more, for about so many seconds."""
+def times_of(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds of each call: of three or more, for about so long; of one if that takes longer."""
     times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
+    while (len(times) < 3 or sum(times) < seconds) and (not times or times[0] < seconds):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-        if times[0] > seconds:
-            break
-    return float(np.median(times))
+    return times
 
 
 def implementations(op: str) -> dict[str, Callable[..., Any]]:
@@ -144,12 +142,10 @@ def climb(op: str, size: int, peak: float | None, seconds: float) -> Iterator[Ru
                 result = function(*call.inputs, **call.settings)
                 if not abs(result - expected).max() <= 1e-3 * abs(expected).max():
                     raise RuntimeError(f"{op}: {name!r} does not give what the formula gives")
-            taken = median_seconds(
-                lambda: function(*call.inputs, **call.settings),  # noqa: B023
-                0 if i < 3 else seconds,
-            )
-            if i == 3 or taken * problem(op, sizes[i + 1]).flops / call.flops > 2 * seconds:
+            times = times_of(lambda: function(*call.inputs, **call.settings), seconds)  # noqa: B023
+            if s == size or min(times) * problem(op, sizes[i + 1]).flops > 2 * seconds * call.flops:
                 break
+        taken = float(np.median(times))
         gflops = call.flops / taken / 1e9
         yield Rung(
             op, name, call.title, taken, gflops, gflops / peak if peak else None,

@@ -211,4 +211,5 @@ print("written:", *sorted(p.name for p in FIGURES.glob("04_*")))
 # 5. How few training digits are enough for 90 %? (`minidl.data.Subset`)
 #
 # `minidl/nn/module.py`, `minidl/optim/` and `minidl/data/loader.py` hold what was used here;
-# `minidl/train.py` is this loop with everything that a long run needs.
+# `minidl/train.py` is this loop with everything that a long run needs. What the convolutions in it
+# cost, and how they are made fast: `05_convolution_from_loops_to_gemm.py`.
