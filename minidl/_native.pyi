@@ -1,7 +1,7 @@
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
-from numpy import float32, float64, int32, int64
+from numpy import float32, float64, int8, int32, int64, uint8
 from numpy.typing import DTypeLike, NDArray
 
 T = TypeVar("T", float32, float64)
@@ -173,6 +173,57 @@ def rmsprop(
 def max_pool2d_input(g: NDArray[T], index: NDArray[int32], input_size: Pair) -> NDArray[T]: ...
 def peak_flops(dtype: DTypeLike) -> float: ...
 def memory_bandwidth(bytes: int = ...) -> float: ...
+
+class PackedWeight:
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def maker(self) -> str: ...
+
+def pack_linear(w: NDArray[Any]) -> PackedWeight: ...
+def linear(
+    x: NDArray[float32],
+    w: PackedWeight,
+    scale: NDArray[float32] | None = None,
+    bias: NDArray[float32] | None = None,
+) -> NDArray[float32]: ...
+def pack_matmul_integer(
+    w: NDArray[int8] | NDArray[uint8], zero_point: int | NDArray[int32] = 0
+) -> PackedWeight: ...
+def matmul_integer(
+    a: NDArray[int8] | NDArray[uint8],
+    w: PackedWeight,
+    a_zero_point: int | NDArray[int32] = 0,
+    bias: NDArray[int32] | None = None,
+    scale: NDArray[float32] | None = None,
+    offset: NDArray[float32] | None = None,
+    dtype: str | None = None,
+    zero_point: int = 0,
+    relu: bool = False,
+) -> NDArray[Any]: ...
+def pack_conv_integer(
+    w: NDArray[int8] | NDArray[uint8], zero_point: int | NDArray[int32] = 0, groups: int = 1
+) -> PackedWeight: ...
+def conv_integer(
+    x: NDArray[int8] | NDArray[uint8],
+    w: PackedWeight,
+    x_zero_point: int = 0,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    bias: NDArray[int32] | None = None,
+    scale: NDArray[float32] | None = None,
+    offset: NDArray[float32] | None = None,
+    dtype: str | None = None,
+    zero_point: int = 0,
+    relu: bool = False,
+) -> NDArray[Any]: ...
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
 def get_num_threads() -> int: ...

@@ -24,6 +24,7 @@ namespace py = pybind11;
 void bind_conv(py::module_& m);
 void bind_ladder(py::module_& m);
 void bind_matmul(py::module_& m);
+void bind_narrow(py::module_& m);
 void bind_pool(py::module_& m);
 void bind_training(py::module_& m);
 
@@ -95,6 +96,16 @@ py::array_t<T, py::array::c_style> contiguous(const py::array& a) {
   return out;
 }
 
+// A view with strides in elements; `owner` keeps a copy alive where NumPy's strides do not fit.
+template <class T>
+Matrix<T> matrix(const py::array& a, py::array& owner) {
+  constexpr Index size = sizeof(T);
+  const bool fits = a.strides(0) % size == 0 && a.strides(1) % size == 0 &&
+                    reinterpret_cast<std::uintptr_t>(a.data()) % alignof(T) == 0;
+  owner = fits ? a : py::array(contiguous<T>(a));
+  return {static_cast<const T*>(owner.data()), owner.strides(0) / size, owner.strides(1) / size};
+}
+
 inline void expect_dimensions(const char* op, const char* name, const py::array& a, int dimensions,
                               const char* meaning) {
   if (a.ndim() != dimensions) {
@@ -131,6 +142,31 @@ inline Index output_size(const char* op, const char* axis, Index in, Index pad, 
               " of the padded input");
   }
   return (in + 2 * pad - reach) / stride + 1;
+}
+
+struct Options {
+  Pair stride, padding, dilation;
+  Index groups;
+};
+
+// Checks the options and completes the geometry with the size of the output.
+inline void complete(const char* op, Conv2d& p, const Options& options) {
+  expect_range(op, "kernel size", {p.kh, p.kw}, 1);
+  expect_range(op, "input size", {p.h, p.w}, 0);
+  expect_range(op, "stride", options.stride, 1);
+  expect_range(op, "padding", options.padding, 0);
+  expect_range(op, "dilation", options.dilation, 1);
+  std::tie(p.stride_h, p.stride_w) = options.stride;
+  std::tie(p.pad_h, p.pad_w) = options.padding;
+  std::tie(p.dilation_h, p.dilation_w) = options.dilation;
+  p.groups = options.groups;
+  if (p.groups < 1 || p.c % p.groups != 0 || p.o % p.groups != 0) {
+    bad_value(std::string(op) + ": groups = " + std::to_string(p.groups) +
+              " must be positive and divide the " + std::to_string(p.c) + " input and the " +
+              std::to_string(p.o) + " output channels");
+  }
+  p.oh = output_size(op, "rows", p.h, p.pad_h, p.kh, p.dilation_h, p.stride_h);
+  p.ow = output_size(op, "columns", p.w, p.pad_w, p.kw, p.dilation_w, p.stride_w);
 }
 
 }  // namespace minidl

@@ -4,31 +4,6 @@
 namespace minidl {
 namespace {
 
-struct Options {
-  Pair stride, padding, dilation;
-  Index groups;
-};
-
-// Checks the options and completes the geometry with the size of the output.
-void complete(const char* op, Conv2d& p, const Options& options) {
-  expect_range(op, "kernel size", {p.kh, p.kw}, 1);
-  expect_range(op, "input size", {p.h, p.w}, 0);
-  expect_range(op, "stride", options.stride, 1);
-  expect_range(op, "padding", options.padding, 0);
-  expect_range(op, "dilation", options.dilation, 1);
-  std::tie(p.stride_h, p.stride_w) = options.stride;
-  std::tie(p.pad_h, p.pad_w) = options.padding;
-  std::tie(p.dilation_h, p.dilation_w) = options.dilation;
-  p.groups = options.groups;
-  if (p.groups < 1 || p.c % p.groups != 0 || p.o % p.groups != 0) {
-    bad_value(std::string(op) + ": groups = " + std::to_string(p.groups) +
-              " must be positive and divide the " + std::to_string(p.c) + " input and the " +
-              std::to_string(p.o) + " output channels");
-  }
-  p.oh = output_size(op, "rows", p.h, p.pad_h, p.kh, p.dilation_h, p.stride_h);
-  p.ow = output_size(op, "columns", p.w, p.pad_w, p.kw, p.dilation_w, p.stride_w);
-}
-
 void expect_output(const char* op, const Conv2d& p, const py::array& g) {
   if (g.shape(0) != p.n || g.shape(1) != p.o || g.shape(2) != p.oh || g.shape(3) != p.ow) {
     bad_value(std::string(op) + ": g must have the output's shape (" + std::to_string(p.n) + ", " +

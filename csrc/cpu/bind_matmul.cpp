@@ -4,18 +4,6 @@
 namespace minidl {
 namespace {
 
-// ---- Matrices ---------------------------------------------------------------------------------
-
-// A view with strides in elements; `owner` keeps a copy alive where NumPy's strides do not fit.
-template <class T>
-Matrix<T> matrix(const py::array& a, py::array& owner) {
-  constexpr Index size = sizeof(T);
-  const bool fits = a.strides(0) % size == 0 && a.strides(1) % size == 0 &&
-                    reinterpret_cast<std::uintptr_t>(a.data()) % alignof(T) == 0;
-  owner = fits ? a : py::array(contiguous<T>(a));
-  return {static_cast<const T*>(owner.data()), owner.strides(0) / size, owner.strides(1) / size};
-}
-
 py::array matmul(const py::array& a, const py::array& b, const std::optional<py::array>& bias) {
   const char* op = "matmul";
   expect_dimensions(op, "a", a, 2, "(M, K)");

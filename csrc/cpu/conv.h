@@ -27,7 +27,7 @@ struct Taps {
 // ---- B, packed from the image -----------------------------------------------------------------
 
 // For one channel after the other the packing makes "shifted planes": for each horizontal tap, the
-// image's rows as this tap sees them, padded with zeros, cut to the output's width and laid end to
+// image's rows as this tap sees them, padded, cut to the output's width and laid end to
 // end. There the tap (r, s) of a run of output pixels is a run of memory, whatever the stride and
 // the padding, and across the ends of rows: packing is then copying. With a vertical stride, the
 // rows seen by one tap are every stride-th, so the rows are kept apart by their residue ("class").
@@ -35,10 +35,11 @@ template <class T>
 class Im2col {
  public:
   // x: n images; image_stride apart; the channels of an image h * w apart.
-  // The output has out_h x out_w pixels an image.
+  // The output has out_h x out_w pixels an image. Beyond its edges the image is `border`.
   Im2col(const T* x, Index image_stride, Index h, Index w, Index out_h, Index out_w, Taps vertical,
-         Taps horizontal)
+         Taps horizontal, T border = T{})
       : x_(x),
+        border_(border),
         image_stride_(image_stride),
         h_(h),
         w_(w),
@@ -124,17 +125,17 @@ class Im2col {
         for (Index i = y0 + above_; i < y1 + below_; ++i, dst += out_w_) {
           const Index row = i * vertical_.step + first_row_.get()[cls];
           if (row < 0 || row >= h_) {
-            std::memset(dst, 0, static_cast<std::size_t>(out_w_) * sizeof(T));
+            for (Index q = 0; q < out_w_; ++q) dst[q] = border_;
             continue;
           }
-          for (Index q = 0; q < left; ++q) dst[q] = 0;
+          for (Index q = 0; q < left; ++q) dst[q] = border_;
           const T* in = src + row * w_ + shift;
           if (step == 1) {
             copy_run(dst + left, in + left, right - left);
           } else {
             for (Index q = left; q < right; ++q) dst[q] = in[q * step];
           }
-          for (Index q = right; q < out_w_; ++q) dst[q] = 0;
+          for (Index q = right; q < out_w_; ++q) dst[q] = border_;
         }
       }
     }
@@ -191,6 +192,7 @@ class Im2col {
   }
 
   const T* x_;
+  T border_;
   Index image_stride_, h_, w_, out_h_, out_w_;
   Taps vertical_, horizontal_;
   Scratch<Index> class_, offset_, first_row_;  // of each vertical tap; of each class

@@ -15,6 +15,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512vnni {  // only products of bytes have an instruction of their own there
+extern const Narrow narrow;
+}
 #endif
 
 namespace {
@@ -28,10 +31,18 @@ std::vector<Variant> variants() {  // the best first
   std::vector<Variant> all;
 #if MINIDL_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq");
+  static const Kernels with_vnni = [] {
+    Kernels k = avx512::kernels;
+    k.isa = "avx512vnni";
+    k.narrow = &avx512vnni::narrow;
+    return k;
+  }();
+  all.push_back({&with_vnni, avx512 && __builtin_cpu_supports("avx512vnni")});
   all.push_back({&avx512::kernels, avx512});
   all.push_back({&avx2::kernels, avx2});
 #endif

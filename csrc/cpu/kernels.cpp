@@ -16,9 +16,10 @@ constexpr KernelsFor<T> kernels_for{
 };
 
 extern const Ladder ladder;      // kernels_ladder.cpp
+extern const Narrow narrow;      // kernels_narrow.cpp
 extern const Training training;  // kernels_training.cpp
 extern const Kernels kernels;
-const Kernels kernels{MINIDL_TEXT(MINIDL_ISA), kernels_for<float>, kernels_for<double>, &ladder,
-                      &training};
+const Kernels kernels{
+    MINIDL_TEXT(MINIDL_ISA), kernels_for<float>, kernels_for<double>, &ladder, &training, &narrow};
 
 }  // namespace minidl::MINIDL_ISA

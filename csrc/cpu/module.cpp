@@ -42,6 +42,7 @@ PYBIND11_MODULE(_native, m) {
   bind_conv(m);
   bind_ladder(m);
   bind_matmul(m);
+  bind_narrow(m);
   bind_pool(m);
   bind_training(m);
 

@@ -75,6 +75,59 @@ template <class T>
 struct Widen<T, T> {
   static MINIDL_INLINE Vec<T> load(const T* p) { return MINIDL_ISA::load(p); }
 };
+
+template <>
+struct Widen<float, Half> {
+  static MINIDL_INLINE Vec<float> load(const Half* p) {
+#if defined(__AVX512F__)
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, narrow);  // unmasked, GCC 12 warns
+#elif defined(__F16C__)
+    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    // The exponent and the fraction, shifted to a float's place, are a float that is 2^112 too
+    // small (also where they are a subnormal number), or that should be infinite or no number.
+    typedef std::uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+    typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    Bits16 narrow;
+    std::memcpy(&narrow, p, sizeof narrow);
+    const Bits bits = __builtin_convertvector(narrow, Bits), size = (bits & 0x7fff) << 13;
+    const Vec<float> scaled = (Vec<float>)size * 0x1p112f;
+    const Bits special = (Bits)(size >= 0x7c00u << 13) & 0x7f800000u;
+    return (Vec<float>)((Bits)scaled | special | (bits & 0x8000) << 16);
+#endif
+  }
+};
+
+template <>
+struct Widen<float, BFloat16> {
+  static MINIDL_INLINE Vec<float> load(const BFloat16* p) {
+    typedef std::uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+    typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    Bits16 narrow;
+    std::memcpy(&narrow, p, sizeof narrow);
+    return (Vec<float>)(__builtin_convertvector(narrow, Bits) << 16);
+  }
+};
+
+template <>
+struct Widen<float, std::int8_t> {
+  static MINIDL_INLINE Vec<float> load(const std::int8_t* p) {
+    typedef std::int8_t Byte __attribute__((vector_size(kVectorBytes / 4)));
+    Byte narrow;
+    std::memcpy(&narrow, p, sizeof narrow);
+    return __builtin_convertvector(__builtin_convertvector(narrow, Vec<std::int32_t>), Vec<float>);
+  }
+};
+
+// As many unsigned bytes as there are lanes, one a lane.
+MINIDL_INLINE Vec<std::int32_t> load_bytes(const std::uint8_t* p) {
+  typedef std::uint8_t Byte __attribute__((vector_size(kVectorBytes / 4)));
+  Byte narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  return __builtin_convertvector(narrow, Vec<std::int32_t>);
+}
+
 template <class T, class B>
 MINIDL_INLINE Vec<T> load_as(const B* p) {
   return Widen<T, B>::load(p);

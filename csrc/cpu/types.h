@@ -177,12 +177,66 @@ struct Training {
   TrainingFor<double> f64;
 };
 
+// ---- Narrow numbers ---------------------------------------------------------------------------
+
+// A matrix of bytes, signed or unsigned.
+struct Bytes {
+  const std::uint8_t* data;
+  Index row_stride, col_stride;
+  bool is_signed;
+};
+
+// Weights (n, k) of an integer product, packed: the words, and for each of the n the sum of its
+// bytes as they are packed and its zero point (integer.h).
+struct PackedBytes {
+  Word* words;
+  std::int32_t *sum, *zero;
+};
+
+// What becomes of an integer sum, for each output channel. Arrays may be null.
+struct Finish {
+  enum Type { kInt32, kFloat32, kInt8, kUint8 };
+  Type type;                 // of the result:
+  const std::int32_t* bias;  // all: added to the sum
+  const float* scale;        // all but kInt32: multiplied with that
+  const float* offset;       // kFloat32: added to that
+  std::int32_t zero;         // kInt8, kUint8: added after rounding (half to even)
+  bool relu;                 // nothing less than (what stands for) zero
+};
+
+template <class E>
+struct NarrowFor {
+  // w (n, k) -> E[k * packed_width(n)]
+  void (*pack)(Index n, Index k, Matrix<E> w, E* packed);
+  // y[i][j] = scale[j] * sum over k of x[i][k] * w[j][k]  + bias[j]; scale and bias may be null
+  void (*linear)(Index m, Index n, Index k, Matrix<float> x, const E* packed, const float* scale,
+                 const float* bias, float* y);
+};
+
+struct Narrow {
+  Index (*packed_width)(Index n);  // n rounded up to whole panels
+  // w (n, k) -> Word[divide_up(k, 4) * packed_width(n)]; zero[j] is overwritten
+  void (*pack_bytes)(Index n, Index k, Bytes w, PackedBytes packed);
+  // sum over k of (a - a_zero)(w - zero): a_zero has m elements
+  void (*matmul_integer)(Index m, Index n, Index k, Bytes a, const std::int32_t* a_zero,
+                         PackedBytes w, const Finish& finish, void* c);
+  // w (o, c / groups, kh, kw) -> Word[o * divide_up(c / groups, 4) * kh * kw]
+  void (*pack_conv)(const Conv2d&, Bytes w, PackedBytes packed);
+  void (*conv_integer)(const Conv2d&, Bytes x, std::int32_t x_zero, PackedBytes w,
+                       const Finish& finish, void* y);
+  NarrowFor<float> f32;
+  NarrowFor<Half> f16;
+  NarrowFor<BFloat16> bf16;
+  NarrowFor<std::int8_t> s8;
+};
+
 struct Kernels {
   const char* isa;
   KernelsFor<float> f32;
   KernelsFor<double> f64;
   const Ladder* ladder;
   const Training* training;
+  const Narrow* narrow;
 };
 
 }  // namespace minidl

@@ -13,6 +13,7 @@ from minidl.ops import (
     methods,
     norm,
     pool,
+    quantized,
     reduce,
     rnn,
     shape,
@@ -21,5 +22,5 @@ from minidl.ops import (
 
 __all__ = [
     "conv", "dropout", "elementwise", "embedding", "linalg", "loss", "methods", "norm", "pool",
-    "reduce", "rnn", "shape", "softmax",
+    "quantized", "reduce", "rnn", "shape", "softmax",
 ]  # fmt: skip

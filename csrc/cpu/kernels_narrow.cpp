@@ -1,0 +1,17 @@
+// Products of bytes, and with weights that are packed beforehand, for one instruction set.
+#include "integer.h"
+#include "weights.h"
+
+namespace minidl::MINIDL_ISA {
+
+template <class E>
+constexpr NarrowFor<E> narrow_for{pack_weights<E>, linear<E>};
+
+extern const Narrow narrow;
+const Narrow narrow{
+    packed_width,     pack_bytes,           matmul_integer,
+    pack_conv,        conv_integer,         narrow_for<float>,
+    narrow_for<Half>, narrow_for<BFloat16>, narrow_for<std::int8_t>,
+};
+
+}  // namespace minidl::MINIDL_ISA

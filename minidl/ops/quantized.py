@@ -1,0 +1,408 @@
+"""Narrow numbers: 8-bit integers that stand for real ones, and weights of 16 or 8 bits.
+
+A quantized q stands for the real number  scale * (q - zero_point)  (Jacob et al. 2018). So
+
+    sum of x w  =  x_scale w_scale * sum of (q_x - zero_x)(q_w - zero_w),
+
+and the sum on the right is one of small integers: exact, in 32 bits. `matmul_integer` and
+`conv_integer` give it as it is (ONNX: MatMulInteger, ConvInteger), as the real number (with
+``scale`` = x_scale * w_scale), or as a quantized number again (ONNX: QLinearMatMul, QLinearConv;
+``scale`` = x_scale * w_scale / y_scale, and the output's ``zero_point``).
+
+`linear_weight_only` computes with floats, and keeps only the weights narrow: where a product waits
+for its weights to come from memory, half the bytes are half the time.
+
+The kernels take weights packed beforehand in place of an array (`pack_linear` and its like).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from minidl.backend.native import native, why_missing
+from minidl.op import Sample, op, sample
+from minidl.ops.conv import Pair, conv2d
+from minidl.ops.linalg import matmul
+
+INT32_MAX = 2**31 - 1
+
+
+def along(v: Any, axis: int, ndim: int) -> Any:
+    """A vector as an array that broadcasts along one axis; a single number as it is."""
+    if np.ndim(v) == 0 or np.size(v) == 1:
+        return v.reshape(()) if np.ndim(v) else v
+    return v.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)])
+
+
+def scaled(total: Any, scale: Any, axis: int) -> Any:
+    """Integers times scale, in scale's dtype (of 16 bits: computed in 32)."""
+    wide = np.result_type(scale.dtype, np.float32)
+    return (total.astype(wide) * along(scale, axis, total.ndim)).astype(scale.dtype)
+
+
+@op(constant=True)
+def quantize_linear(x, scale, zero_point, *, axis=1):
+    """round(x / scale) + zero_point, half to even, saturated (ONNX: QuantizeLinear).
+
+    Args:
+        scale: one, or one for each index along ``axis``; positive.
+        zero_point: as many, int8 or uint8: the dtype of the result.
+    """
+    limits = np.iinfo(zero_point.dtype)
+    q = np.rint(x / along(scale, axis, x.ndim)) + along(zero_point, axis, x.ndim)
+    return np.clip(q, limits.min, limits.max).astype(zero_point.dtype)
+
+
+@op(constant=True)
+def dequantize_linear(q, scale, zero_point, *, axis=1):
+    """(q - zero_point) * scale (ONNX: DequantizeLinear); ``zero_point`` may be None."""
+    zero = 0 if zero_point is None else along(zero_point, axis, q.ndim)
+    return scaled(q.astype(np.int32) - np.int32(zero), scale, axis)
+
+
+# Integer products -------------------------------------------------------------------------
+
+
+def expect_bytes(name: str, x: Any) -> None:
+    if x.dtype.name not in ("int8", "uint8"):
+        raise TypeError(f"{name} must be int8 or uint8, got {x.dtype}")
+
+
+def farthest(x: Any, zero_point: Any) -> int:
+    """How far a number of this dtype can be from its zero point."""
+    limits = np.iinfo(x.dtype)
+    zero = np.asarray(0 if zero_point is None else zero_point).astype(np.int64)
+    return int(np.maximum(limits.max - zero, zero - limits.min).max(initial=1))
+
+
+def expect_sum_fits(k: int, x: Any, x_zero: Any, w: Any, w_zero: Any) -> None:
+    """So that no sum overflows.
+
+    Raises:
+        ValueError: a sum of k such products may need more than 32 bits.
+    """
+    most = INT32_MAX // (farthest(x, x_zero) * farthest(w, w_zero))
+    if k > most:
+        raise ValueError(
+            f"a sum of {k} products may not fit in 32 bits; with these types and zero points at "
+            f"most {most} can be added up: split the sum, or centre the zero points"
+        )
+
+
+def finish(total: Any, scale: Any, bias: Any, zero_point: Any, relu: bool, axis: int) -> Any:
+    """From integer sums to the result that the optional arguments ask for."""
+    if bias is not None and bias.dtype.kind == "i":
+        total = total + along(bias, axis, total.ndim)
+    elif bias is not None and (scale is None or zero_point is not None):
+        raise TypeError(f"bias is added to the integer sum: int32, not {bias.dtype}")
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError("zero_point is that of a requantized result, which needs a scale")
+        y = total.astype(np.int32)
+        return np.maximum(y, 0) if relu else y
+    y = scaled(total, scale, axis)
+    if zero_point is None:
+        if bias is not None and bias.dtype.kind != "i":
+            y = y + along(bias, axis, total.ndim)
+        return np.maximum(y, 0) if relu else y
+    limits, zero = np.iinfo(zero_point.dtype), int(zero_point)
+    return np.clip(np.rint(y) + zero, zero if relu else limits.min, limits.max).astype(
+        zero_point.dtype
+    )
+
+
+def expect_array(w: Any) -> None:
+    if not hasattr(w, "ndim"):
+        raise TypeError(f"{w!r} is for the kernel 'native' and its dtypes: pass the array itself")
+
+
+@op(constant=True)
+def matmul_integer(a, b, a_zero_point, b_zero_point, scale, bias, zero_point, *, relu=False):
+    """sum over k of (a[m,k] - a_zero)(b[k,n] - b_zero), exact; then as the arguments ask.
+
+    Args:
+        a: (..., M, K), int8 or uint8.
+        b: (..., K, N), int8 or uint8; or what `pack_matmul_integer` made of its transpose (N, K).
+        a_zero_point: one, one for each of M, or None: 0.
+        b_zero_point: one, one for each of N, or None: 0.
+        scale: None for int32 sums; else one, or one for each of N.
+        bias: None; one int32 for each of N, added to the sum; or, for a real result, one float.
+        zero_point: None for a real result of scale's dtype; else int8 or uint8, the output's.
+        relu: negative results become 0 (or what stands for it).
+
+    Raises:
+        ValueError: the shapes do not fit, or a sum might overflow.
+        TypeError: not int8 or uint8.
+    """
+    expect_array(b)
+    expect_bytes("a", a)
+    expect_bytes("b", b)
+    expect_sum_fits(a.shape[-1], a, a_zero_point, b, b_zero_point)
+    x, y = a.astype(np.float64), b.astype(np.float64)  # integers below 2^53 are exact
+    if a_zero_point is not None:
+        x -= along(a_zero_point, -2, x.ndim)
+    if b_zero_point is not None:
+        y -= along(b_zero_point, -1, y.ndim)
+    return finish((x @ y).astype(np.int64), scale, bias, zero_point, relu, -1)
+
+
+@op(constant=True)
+def conv_integer(
+    x: Any,
+    w: Any,
+    x_zero_point: Any,
+    w_zero_point: Any,
+    scale: Any,
+    bias: Any,
+    zero_point: Any,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    relu: bool = False,
+) -> Any:
+    """`conv2d` of (x - x_zero) and (w - w_zero), exact; then as in `matmul_integer`.
+
+    Args:
+        x: (N, C, H, W), int8 or uint8. What lies beyond its edges is 0: x_zero_point.
+        w: (O, C/groups, kH, kW), int8 or uint8; or what `pack_conv_integer` made of it.
+        x_zero_point: one, or None: 0.
+        w_zero_point: one, one for each of O, or None: 0.
+        scale, bias, zero_point, relu: as in `matmul_integer`, for each of O.
+
+    Raises:
+        ValueError: the shapes do not fit, or a sum might overflow.
+        TypeError: not int8 or uint8.
+    """
+    expect_array(w)
+    expect_bytes("x", x)
+    expect_bytes("w", w)
+    expect_sum_fits(math.prod(w.shape[1:]), x, x_zero_point, w, w_zero_point)
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    if x_zero_point is not None:
+        x -= along(x_zero_point, 0, 0)
+    if w_zero_point is not None:
+        w -= along(w_zero_point, 0, 4)
+    y = conv2d(x, w, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return finish(np.rint(y).astype(np.int64), scale, bias, zero_point, relu, 1)
+
+
+# Kernels. They take what the native module takes: float32 scales, and no empty arrays.
+
+
+def is_packed(w: Any) -> bool:
+    return native is not None and isinstance(w, native.PackedWeight)
+
+
+def int32(v: Any) -> Any:
+    return np.asarray(0 if v is None else v, np.int32)
+
+
+def finishing(channels: int, scale: Any, bias: Any, zero_point: Any, relu: bool) -> dict[str, Any]:
+    """The keyword arguments of the native functions that `finish` takes in one piece."""
+    how: dict[str, Any] = {"relu": relu}
+    if bias is not None:
+        whole = bias.dtype.kind == "i"
+        how["bias" if whole else "offset"] = bias.astype(np.int32 if whole else np.float32)
+    if scale is not None:
+        how["scale"] = np.broadcast_to(scale.reshape(-1), channels).copy()
+    if zero_point is not None:
+        how["dtype"], how["zero_point"] = zero_point.dtype.name, int(zero_point)
+    return how
+
+
+def is_native(scale: Any, bias: Any, zero_point: Any, *arrays: Any) -> bool:
+    """Whether the native kernel takes this call; the formula has the words if it is wrong."""
+    return (
+        all(is_packed(x) or (x.dtype.name in ("int8", "uint8") and x.size) for x in arrays)
+        and (scale is None or scale.dtype.name == "float32")
+        and (zero_point is None or scale is not None)
+        and (bias is None or bias.dtype.kind == "i" or (scale is not None and zero_point is None))
+    )
+
+
+def packed_zero(w: Any, zero_point: Any) -> None:
+    if zero_point is not None:
+        raise ValueError(f"{w!r} has its zero point already: pass None for it")
+
+
+@matmul_integer.kernel("native", missing=why_missing)
+def _(a, b, a_zero_point, b_zero_point, scale, bias, zero_point, *, relu=False):
+    """Four products at a time where the processor can; weights given as an array are packed now."""
+    packed = is_packed(b)
+    if not is_native(scale, bias, zero_point, a, b) or (not packed and (b.ndim != 2 or a.ndim < 2)):
+        return matmul_integer.op.formula(
+            a, b, a_zero_point, b_zero_point, scale, bias, zero_point, relu=relu
+        )
+    if packed:
+        packed_zero(b, b_zero_point)
+    else:
+        b = native.pack_matmul_integer(b.T, int32(b_zero_point))
+    zero = int32(a_zero_point).reshape(-1)
+    if a.ndim > 2 and len(zero) > 1:
+        zero = np.tile(zero, math.prod(a.shape[:-2]))
+    n = b.shape[0]
+    how = finishing(n, scale, bias, zero_point, relu)
+    return native.matmul_integer(a.reshape(-1, a.shape[-1]), b, zero, **how).reshape(
+        *a.shape[:-1], n
+    )
+
+
+@conv_integer.kernel("native", missing=why_missing)
+def _(
+    x, w, x_zero_point, w_zero_point, scale, bias, zero_point, *, groups=1, relu=False, **geometry
+):
+    """Four channels are a word, and an image of words is convolved as one of floats is."""
+    if not is_native(scale, bias, zero_point, x, w):
+        return conv_integer.op.formula(
+            x, w, x_zero_point, w_zero_point, scale, bias, zero_point,
+            groups=groups, relu=relu, **geometry,
+        )  # fmt: skip
+    if not is_packed(w):
+        w = native.pack_conv_integer(w, int32(w_zero_point), groups)
+    else:
+        packed_zero(w, w_zero_point)
+        if w.groups != groups:
+            raise ValueError(f"{w!r} was packed for groups={w.groups}, not {groups}")
+    how = finishing(w.shape[0], scale, bias, zero_point, relu)
+    return native.conv_integer(x, w, int(int32(x_zero_point).reshape(())), **geometry, **how)
+
+
+# Narrow weights ---------------------------------------------------------------------------
+
+
+@op
+def linear_weight_only(x, w, scale, b):
+    """(x wᵀ) * scale + b, where only the weights are narrow.
+
+    Args:
+        x: (..., in), a float; so is the result. Sums are kept in its precision.
+        w: (out, in), float16, bfloat16 or int8; or what `pack_linear` made of it.
+        scale: None, or one for each of out: what one unit of an int8 weight is worth.
+        b: None, or (out,).
+    """
+    expect_array(w)
+    y = matmul(x, w.T.astype(x.dtype))
+    if scale is not None:
+        y *= scale
+    if b is not None:
+        y += b
+    return y
+
+
+@linear_weight_only.gradient
+def _(g, x, w, scale, b_shape):
+    if is_packed(w):
+        raise RuntimeError(f"{w!r} is for inference: pass the array itself to differentiate")
+    scaled = g if scale is None else g * scale
+    return (
+        lambda: linear_weight_only(scaled, w.T, None, None),
+        lambda: matmul(scaled.reshape((-1, w.shape[0])).T, x.reshape((-1, w.shape[1]))),
+        lambda: g * linear_weight_only(x, w, None, None),
+        g,
+    )
+
+
+@linear_weight_only.kernel("native", dtypes=("float32",), missing=why_missing)
+def _(x, w, scale, b):
+    """Few rows: each weight is read once and widened in a register. Many: a block at a time."""
+    if x.size == 0 or (not is_packed(w) and w.size == 0):
+        return linear_weight_only.op.formula(x, w, scale, b)
+    if not is_packed(w):
+        w = native.pack_linear(w)
+    y = native.linear(x.reshape(-1, x.shape[-1]), w, scale, b)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def packer(name: str) -> Any:
+    """A function of the native module that packs weights, or one that says what is missing."""
+
+    def absent(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"{name}: {why_missing}")
+
+    return getattr(native, name, absent)
+
+
+pack_linear = packer("pack_linear")
+pack_matmul_integer = packer("pack_matmul_integer")
+pack_conv_integer = packer("pack_conv_integer")
+
+
+# Samples ----------------------------------------------------------------------------------
+
+
+def some_bytes(rng: np.random.Generator, dtype: Any, *shape: int) -> Any:
+    limits = np.iinfo(dtype)
+    return rng.integers(limits.min, limits.max + 1, shape).astype(dtype)
+
+
+@quantize_linear.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    x = rng.normal(size=(2, 3, 4))
+    yield sample(x, np.array(0.05), np.array(3, np.int8))
+    yield sample(x, np.array([0.05, 0.01, 0.1]), np.array([128, 0, 255], np.uint8))
+    yield sample(x, np.array([0.05, 0.01]), np.array([0, -128], np.int8), axis=0)
+    yield sample(np.arange(-2, 3, 0.5), np.array(1.0), np.array(0, np.int8), axis=0)
+
+
+@dequantize_linear.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    yield sample(some_bytes(rng, np.int8, 2, 3), np.array(0.05), np.array(3, np.int8))
+    scale, zero = np.array([0.05, 0.01, 0.1]), np.array([128, 0, 255], np.uint8)
+    yield sample(some_bytes(rng, np.uint8, 2, 3), scale, zero)
+    yield sample(rng.integers(-(2**20), 2**20, (2, 3)).astype(np.int32), np.array(0.05), None)
+
+
+def endings(rng: np.random.Generator, n: int) -> Iterator[tuple[tuple[Any, Any, Any], bool]]:
+    """(scale, bias, zero_point) and relu, for n output channels."""
+    bias = rng.integers(-500, 500, n).astype(np.int32)
+    yield (None, None, None), False
+    yield (None, bias, None), True
+    yield (np.array(0.01), bias, None), False
+    yield (rng.uniform(0.001, 0.01, n), rng.normal(size=n), None), True
+    yield (np.array(0.003), bias, np.array(-7, np.int8)), False
+    yield (rng.uniform(0.001, 0.01, n), None, np.array(90, np.uint8)), True
+
+
+@matmul_integer.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    types = [(np.uint8, np.int8), (np.int8, np.int8), (np.uint8, np.uint8), (np.int8, np.uint8)]
+    for i, (ending, relu) in enumerate(endings(rng, 5)):
+        of_a, of_b = types[i % 4]
+        a, b = some_bytes(rng, of_a, 3, 6), some_bytes(rng, of_b, 6, 5)
+        zeros = [(None, None), (a[:1, 0], b[0]), (a[:, 0], b[:1, 0].reshape(())), (a[0, 0:1], None)]
+        yield sample(a, b, *zeros[i % 4], *ending, relu=relu)
+    a, b = some_bytes(rng, np.uint8, 2, 3, 6), some_bytes(rng, np.int8, 6, 5)
+    yield sample(a, b, a[0, :, 0], b[0], None, None, None)
+    yield sample(a, some_bytes(rng, np.int8, 2, 6, 5), None, None, None, None, None)
+
+
+@conv_integer.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    types = [(np.uint8, np.int8), (np.int8, np.int8), (np.uint8, np.uint8)]
+    settings: list[dict[str, Any]] = [
+        {}, {"padding": (1, 2)}, {"stride": (2, 1), "padding": (1, 0), "groups": 2},
+        {"dilation": (1, 2), "padding": (0, 2)}, {"stride": (2, 2)}, {"padding": (1, 1)},
+    ]  # fmt: skip
+    for i, ((ending, relu), how) in enumerate(zip(endings(rng, 4), settings)):
+        of_x, of_w = types[i % 3]
+        x = some_bytes(rng, of_x, 2, 6, 5, 6)
+        w = some_bytes(rng, of_w, 4, 6 // how.get("groups", 1), 3, 2)
+        zero = [None, x[0, 0, 0, :1].reshape(()), x[0, 0, 0, 1:2]][i % 3]
+        w_zero = [None, w[:, 0, 0, 0], w[0, 0, 0, 0:1], w[:, 0, 0, 0]][i % 4]
+        yield sample(x, w, zero, w_zero, *ending, relu=relu, **how)
+
+
+@linear_weight_only.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    x, w, b = rng.normal(size=(2, 3, 4)), rng.normal(size=(5, 4)), rng.normal(size=5)
+    scale = rng.uniform(0.01, 0.02, 5)
+    yield sample(x, w, None, b)
+    yield sample(x[0], some_bytes(rng, np.int8, 5, 4), scale, b)
+    yield sample(x[0, 0], some_bytes(rng, np.int8, 5, 4), scale, None)
+    yield sample(x, w, scale, None)
