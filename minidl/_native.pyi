@@ -13,6 +13,7 @@ sanitizer: str
 def conv2d(
     x: NDArray[T],
     w: NDArray[T],
+    b: NDArray[T] | None = None,
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
@@ -44,6 +45,18 @@ def conv2d_weight(
     dilation: Pair = (1, 1),
     groups: int = 1,
 ) -> NDArray[T]: ...
+def conv2d_winograd(
+    x: NDArray[float32],
+    w: NDArray[float32],
+    b: NDArray[float32] | None = None,
+    padding: Pair = (0, 0),
+) -> NDArray[float32]: ...
+def conv2d_input_winograd(
+    g: NDArray[float32], w: NDArray[float32], input_size: Pair, padding: Pair = (0, 0)
+) -> NDArray[float32]: ...
+def conv2d_weight_winograd(
+    g: NDArray[float32], x: NDArray[float32], padding: Pair = (0, 0)
+) -> NDArray[float32]: ...
 def matmul(a: NDArray[T], b: NDArray[T], bias: NDArray[T] | None = None) -> NDArray[T]: ...
 def matmul_naive(a: NDArray[T], b: NDArray[T]) -> NDArray[T]: ...
 def matmul_reordered(a: NDArray[T], b: NDArray[T]) -> NDArray[T]: ...

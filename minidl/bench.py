@@ -56,7 +56,7 @@ def problem(op: str, size: int) -> Problem:
     x = rng.standard_normal((n, channels, size, size), np.float32)
     w = rng.standard_normal((channels, channels, 3, 3), np.float32)
     return Problem(
-        op, f"{n}×{channels}×{size}×{size} * {channels}×{channels}×3×3", (x, w),
+        op, f"{n}×{channels}×{size}×{size} * {channels}×{channels}×3×3", (x, w, None),
         registry[op].op.defaults | {"padding": (1, 1)}, 2 * x.size * w[0].size,
         2 * x.nbytes + w.nbytes,
     )  # fmt: skip

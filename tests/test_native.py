@@ -109,12 +109,22 @@ def conv2d_weight(conv: Conv, g: Array, x: Array) -> Array:
 
 
 def check(
-    result: Array, formula: Callable[[Array, Array], Array], a: Array, b: Array, k: int
+    result: Array,
+    formula: Callable[[Array, Array], Array],
+    a: Array,
+    b: Array,
+    k: int,
+    bias: Array | None = None,
 ) -> None:
-    """`result` is `formula(a, b)`, sums of at most `k` products, within their error bound."""
+    """`result` is `formula(a, b)`, sums of at most `k` products, within their error bound.
+
+    A `bias` was added to each channel of `result`.
+    """
     u = np.finfo(a.dtype).eps / 2
     exact = formula(a.astype(np.float64), b.astype(np.float64))
     size = formula(abs(a).astype(np.float64), abs(b).astype(np.float64))
+    if bias is not None:
+        exact, size, k = exact + bias[:, None, None], size + abs(bias[:, None, None]), k + 1
     bound = k * u / (1 - k * u) * size + u * abs(exact)
     if a.dtype == np.float64:
         bound *= 2  # the oracle rounds as well
@@ -175,7 +185,15 @@ def test_conv2d_and_its_adjoints(conv: Conv, dtype: type, one: str, two: str, se
     g = strided(rng, conv.y, dtype, one)
     c, o = conv.w[1], conv.w[0] // conv.groups
     kernel, pixels = conv.w[2] * conv.w[3], conv.y[2] * conv.y[3]
-    check(_native.conv2d(x, w, *conv.options), lambda a, b: conv2d(conv, a, b), x, w, c * kernel)
+    bias = strided(rng, conv.w[:1], dtype, two) if seed % 2 else None
+    check(
+        _native.conv2d(x, w, bias, *conv.options),
+        lambda a, b: conv2d(conv, a, b),
+        x,
+        w,
+        c * kernel,
+        bias,
+    )
     check(
         _native.conv2d_input(g, w, conv.x[2:], *conv.options),
         lambda a, b: conv2d_input(conv, a, b), g, w, o * kernel,
@@ -192,7 +210,7 @@ def test_adjointness(conv: Conv, seed: int) -> None:
     """<conv(x, w), g> == <x, conv_input(g, w)> == <w, conv_weight(g, x)>."""
     rng = np.random.default_rng(seed)
     x, w, g = (rng.standard_normal(shape) for shape in (conv.x, conv.w, conv.y))
-    y = _native.conv2d(x, w, *conv.options)
+    y = _native.conv2d(x, w, None, *conv.options)
     gx = _native.conv2d_input(g, w, conv.x[2:], *conv.options)
     gw = _native.conv2d_weight(g, x, conv.w[2:], *conv.options)
     size = conv2d(conv, abs(x), abs(w))
@@ -226,7 +244,7 @@ def test_layers_and_threads(conv: Conv) -> None:
     for n in (1, 2, 3):
         _native.set_num_threads(n)
         assert _native.get_num_threads() == n
-        y = _native.conv2d(x, w, *conv.options)
+        y = _native.conv2d(x, w, None, *conv.options)
         gx = _native.conv2d_input(g, w, conv.x[2:], *conv.options)
         gw = _native.conv2d_weight(g, x, conv.w[2:], *conv.options)
         runs.append((y.tobytes(), gx.tobytes(), gw.tobytes()))
@@ -242,7 +260,7 @@ def test_a_wrong_kernel_would_be_noticed() -> None:
     conv = LAYERS[0]
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(s).astype(np.float32) for s in (conv.x, conv.w))
-    y = _native.conv2d(x, w, *conv.options)
+    y = _native.conv2d(x, w, None, *conv.options)
     with pytest.raises(AssertionError):
         check(y * np.float32(1.001), lambda a, b: conv2d(conv, a, b), x, w, 360)
 
@@ -361,12 +379,12 @@ def test_concurrent_calls() -> None:
     conv = Conv((4, 16, 14, 14), (32, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
     xs = rng.standard_normal((4, *conv.x)).astype(np.float32)
     w = rng.standard_normal(conv.w).astype(np.float32)
-    alone = [_native.conv2d(x, w, *conv.options) for x in xs]
+    alone = [_native.conv2d(x, w, None, *conv.options) for x in xs]
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(30):
-            if not np.array_equal(_native.conv2d(xs[i], w, *conv.options), alone[i]):
+            if not np.array_equal(_native.conv2d(xs[i], w, None, *conv.options), alone[i]):
                 wrong.append(i)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]

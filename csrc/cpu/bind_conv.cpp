@@ -14,50 +14,74 @@ void expect_output(const char* op, const Conv2d& p, const py::array& g) {
 
 // ---- Convolution ------------------------------------------------------------------------------
 
-// With which kernel: `kernel_of(T{})` is a (const Conv2d&, const T* x, const T* w, T* y).
-template <class KernelOf>
-py::array conv2d_with(KernelOf kernel_of, const py::array& x, const py::array& w, Pair stride,
-                      Pair padding, Pair dilation, Index groups) {
+using Bias = std::optional<py::array>;
+
+// With which kernel: call(p, x, w, bias or null, y), for arrays of one type.
+template <class Call>
+py::array conv2d_with(Call call, const py::array& x, const py::array& w, const Bias& bias,
+                      const Options& options) {
   const char* op = "conv2d";
   expect_dimensions(op, "x", x, 4, "(N, C, H, W)");
   expect_dimensions(op, "w", w, 4, "(O, C / groups, kH, kW)");
   Conv2d p{};
   std::tie(p.n, p.c, p.h, p.w) = std::tuple(x.shape(0), x.shape(1), x.shape(2), x.shape(3));
   std::tie(p.o, p.kh, p.kw) = std::tuple(w.shape(0), w.shape(2), w.shape(3));
-  complete(op, p, {stride, padding, dilation, groups});
-  if (w.shape(1) * groups != p.c) {
+  complete(op, p, options);
+  if (w.shape(1) * p.groups != p.c) {
     bad_value(std::string(op) + ": x has " + std::to_string(p.c) + " channels, w expects " +
-              std::to_string(w.shape(1)) + " in each of " + std::to_string(groups) + " groups (x " +
-              shape_of(x) + ", w " + shape_of(w) + ")");
+              std::to_string(w.shape(1)) + " in each of " + std::to_string(p.groups) +
+              " groups (x " + shape_of(x) + ", w " + shape_of(w) + ")");
+  }
+  if (bias && (bias->ndim() != 1 || bias->shape(0) != p.o)) {
+    bad_value(std::string(op) + ": b must have shape (" + std::to_string(p.o) +
+              ",), one for each output channel, got " + shape_of(*bias));
   }
   return with_type(op, "x", x, "w", w, [&](auto zero) -> py::array {
     using T = decltype(zero);
+    if (bias && !bias->dtype().equal(x.dtype())) {
+      throw py::type_error(std::string(op) + ": b must be " + text(x.dtype()) + " as x is, got " +
+                           text(bias->dtype()));
+    }
     const auto a = contiguous<T>(x), b = contiguous<T>(w);
+    py::array_t<T, py::array::c_style> of_output;
+    if (bias) of_output = contiguous<T>(*bias);
     py::array_t<T> y({p.n, p.o, p.oh, p.ow});
-    if (fill_if_empty(y, p.c == 0)) return y;
-    const T *px = a.data(), *pw = b.data();
-    T* py_ = y.mutable_data();
+    T* out = y.mutable_data();
+    if (y.size() == 0) return y;
+    if (p.c == 0) {
+      for (Index i = 0; i < y.size(); ++i) {
+        out[i] = bias ? of_output.data()[i / (p.oh * p.ow) % p.o] : T(0);
+      }
+      return y;
+    }
+    const T *px = a.data(), *pw = b.data(), *pbias = bias ? of_output.data() : nullptr;
     py::gil_scoped_release release;
-    kernel_of(zero)(p, px, pw, py_);
+    call(p, px, pw, pbias, out);
     return y;
   });
 }
 
-py::array conv2d(const py::array& x, const py::array& w, Pair stride, Pair padding, Pair dilation,
-                 Index groups) {
-  return conv2d_with([](auto zero) { return kernels_of<decltype(zero)>().conv2d; }, x, w, stride,
-                     padding, dilation, groups);
+py::array conv2d(const py::array& x, const py::array& w, const Bias& b, Pair stride, Pair padding,
+                 Pair dilation, Index groups) {
+  const auto call = [](const Conv2d& p, auto* x, auto* w, auto* bias, auto* y) {
+    kernels_of<std::remove_pointer_t<decltype(y)>>().conv2d(p, x, w, bias, y);
+  };
+  return conv2d_with(call, x, w, b, {stride, padding, dilation, groups});
 }
 
 py::array conv2d_naive(const py::array& x, const py::array& w, Pair stride, Pair padding,
                        Pair dilation, Index groups) {
-  return conv2d_with([](auto zero) { return ladder_of<decltype(zero)>().conv2d_naive; }, x, w,
-                     stride, padding, dilation, groups);
+  const auto call = [](const Conv2d& p, auto* x, auto* w, auto*, auto* y) {
+    ladder_of<std::remove_pointer_t<decltype(y)>>().conv2d_naive(p, x, w, y);
+  };
+  return conv2d_with(call, x, w, {}, {stride, padding, dilation, groups});
 }
 
-py::array conv2d_input(const py::array& g, const py::array& w, Pair input_size, Pair stride,
-                       Pair padding, Pair dilation, Index groups) {
+template <class Call>
+py::array conv2d_input_with(Call call, const py::array& g, const py::array& w, Pair input_size,
+                            const Options& options) {
   const char* op = "conv2d_input";
+  const Index groups = options.groups;
   expect_dimensions(op, "g", g, 4, "(N, O, OH, OW)");
   expect_dimensions(op, "w", w, 4, "(O, C / groups, kH, kW)");
   Conv2d p{};
@@ -65,7 +89,7 @@ py::array conv2d_input(const py::array& g, const py::array& w, Pair input_size, 
   std::tie(p.n, p.c) = std::tuple(g.shape(0), w.shape(1) * groups);
   std::tie(p.h, p.w) = input_size;
   std::tie(p.o, p.kh, p.kw) = std::tuple(w.shape(0), w.shape(2), w.shape(3));
-  complete(op, p, {stride, padding, dilation, groups});
+  complete(op, p, options);
   expect_output(op, p, g);
   return with_type(op, "g", g, "w", w, [&](auto zero) -> py::array {
     using T = decltype(zero);
@@ -75,13 +99,22 @@ py::array conv2d_input(const py::array& g, const py::array& w, Pair input_size, 
     const T *pg = a.data(), *pw = b.data();
     T* out = gx.mutable_data();
     py::gil_scoped_release release;
-    kernels_of<T>().conv2d_input(p, pg, pw, out);
+    call(p, pg, pw, out);
     return gx;
   });
 }
 
-py::array conv2d_weight(const py::array& g, const py::array& x, Pair kernel_size, Pair stride,
-                        Pair padding, Pair dilation, Index groups) {
+py::array conv2d_input(const py::array& g, const py::array& w, Pair input_size, Pair stride,
+                       Pair padding, Pair dilation, Index groups) {
+  const auto call = [](const Conv2d& p, auto* g, auto* w, auto* gx) {
+    kernels_of<std::remove_pointer_t<decltype(gx)>>().conv2d_input(p, g, w, gx);
+  };
+  return conv2d_input_with(call, g, w, input_size, {stride, padding, dilation, groups});
+}
+
+template <class Call>
+py::array conv2d_weight_with(Call call, const py::array& g, const py::array& x, Pair kernel_size,
+                             const Options& options) {
   const char* op = "conv2d_weight";
   expect_dimensions(op, "g", g, 4, "(N, O, OH, OW)");
   expect_dimensions(op, "x", x, 4, "(N, C, H, W)");
@@ -89,19 +122,73 @@ py::array conv2d_weight(const py::array& g, const py::array& x, Pair kernel_size
   std::tie(p.n, p.c, p.h, p.w) = std::tuple(x.shape(0), x.shape(1), x.shape(2), x.shape(3));
   p.o = g.shape(1);
   std::tie(p.kh, p.kw) = kernel_size;
-  complete(op, p, {stride, padding, dilation, groups});
+  complete(op, p, options);
   expect_output(op, p, g);
   return with_type(op, "g", g, "x", x, [&](auto zero) -> py::array {
     using T = decltype(zero);
     const auto a = contiguous<T>(g), b = contiguous<T>(x);
-    py::array_t<T> gw({p.o, p.c / groups, p.kh, p.kw});
+    py::array_t<T> gw({p.o, p.c / p.groups, p.kh, p.kw});
     if (fill_if_empty(gw, p.n == 0)) return gw;
     const T *pg = a.data(), *px = b.data();
     T* out = gw.mutable_data();
     py::gil_scoped_release release;
-    kernels_of<T>().conv2d_weight(p, pg, px, out);
+    call(p, pg, px, out);
     return gw;
   });
+}
+
+py::array conv2d_weight(const py::array& g, const py::array& x, Pair kernel_size, Pair stride,
+                        Pair padding, Pair dilation, Index groups) {
+  const auto call = [](const Conv2d& p, auto* g, auto* x, auto* gw) {
+    kernels_of<std::remove_pointer_t<decltype(gw)>>().conv2d_weight(p, g, x, gw);
+  };
+  return conv2d_weight_with(call, g, x, kernel_size, {stride, padding, dilation, groups});
+}
+
+// ---- Winograd's kernels -----------------------------------------------------------------------
+
+// Stride, dilation and groups are 1. What else these kernels need is checked here.
+void expect_winograd(const char* op, const py::array& a, Pair kernel, Pair padding) {
+  if (!py::isinstance<py::array_t<float>>(a)) {
+    throw py::type_error(std::string(op) + ": Winograd's kernels are for float32, got " +
+                         text(a.dtype()));
+  }
+  if (kernel != Pair(3, 3) || std::max(padding.first, padding.second) > 2) {
+    bad_value(std::string(op) + ": Winograd's kernels are for 3x3 and a padding up to 2, got a " +
+              "kernel of " + text(kernel) + " and a padding of " + text(padding));
+  }
+}
+
+Pair kernel_of(const char* op, const py::array& w) {
+  expect_dimensions(op, "w", w, 4, "(O, C, 3, 3)");
+  return {w.shape(2), w.shape(3)};
+}
+
+Options winograd_options(Pair padding) { return {{1, 1}, padding, {1, 1}, 1}; }
+
+py::array conv2d_winograd(const py::array& x, const py::array& w, const Bias& b, Pair padding) {
+  expect_winograd("conv2d", x, kernel_of("conv2d", w), padding);
+  const auto call = [](const Conv2d& p, auto* x, auto* w, auto* bias, auto* y) {
+    if constexpr (sizeof(*y) == sizeof(float)) kernels().winograd->conv2d(p, x, w, bias, y);
+  };
+  return conv2d_with(call, x, w, b, winograd_options(padding));
+}
+
+py::array conv2d_input_winograd(const py::array& g, const py::array& w, Pair input_size,
+                                Pair padding) {
+  expect_winograd("conv2d_input", g, kernel_of("conv2d_input", w), padding);
+  const auto call = [](const Conv2d& p, auto* g, auto* w, auto* gx) {
+    if constexpr (sizeof(*gx) == sizeof(float)) kernels().winograd->conv2d_input(p, g, w, gx);
+  };
+  return conv2d_input_with(call, g, w, input_size, winograd_options(padding));
+}
+
+py::array conv2d_weight_winograd(const py::array& g, const py::array& x, Pair padding) {
+  expect_winograd("conv2d_weight", g, {3, 3}, padding);
+  const auto call = [](const Conv2d& p, auto* g, auto* x, auto* gw) {
+    if constexpr (sizeof(*gw) == sizeof(float)) kernels().winograd->conv2d_weight(p, g, x, gw);
+  };
+  return conv2d_weight_with(call, g, x, {3, 3}, winograd_options(padding));
 }
 
 }  // namespace
@@ -113,14 +200,22 @@ void bind_conv(py::module_& m) {
   const auto padding = py::arg("padding") = Pair(0, 0);
   const auto dilation = py::arg("dilation") = Pair(1, 1);
   const auto groups = py::arg("groups") = 1;
-  m.def("conv2d", &conv2d, x, w, stride, padding, dilation, groups,
-        "x (N, C, H, W), w (O, C / groups, kH, kW) -> y (N, O, OH, OW): the cross-correlation.");
+  const auto b = py::arg("b").noconvert() = py::none();
+  m.def("conv2d", &conv2d, x, w, b, stride, padding, dilation, groups,
+        "x (N, C, H, W), w (O, C / groups, kH, kW), b (O,) -> y (N, O, OH, OW): the "
+        "cross-correlation, plus the bias b.");
   m.def("conv2d_naive", &conv2d_naive, x, w, stride, padding, dilation, groups,
         "conv2d as seven plain loops: a rung of the ladder.");
   m.def("conv2d_input", &conv2d_input, g, w, py::arg("input_size"), stride, padding, dilation,
         groups, "The gradient of conv2d with respect to x, which is (H, W) = input_size large.");
   m.def("conv2d_weight", &conv2d_weight, g, x, py::arg("kernel_size"), stride, padding, dilation,
         groups, "The gradient of conv2d with respect to w, which is (kH, kW) = kernel_size large.");
+  m.def("conv2d_winograd", &conv2d_winograd, x, w, b, padding,
+        "conv2d by Winograd's F(4x4, 3x3): float32, 3x3, padding up to 2.");
+  m.def("conv2d_input_winograd", &conv2d_input_winograd, g, w, py::arg("input_size"), padding,
+        "conv2d_input by the same.");
+  m.def("conv2d_weight_winograd", &conv2d_weight_winograd, g, x, padding,
+        "conv2d_weight by the same.");
 }
 
 }  // namespace minidl

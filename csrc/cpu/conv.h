@@ -242,8 +242,8 @@ struct Pixels {
 // ---- The kernels ------------------------------------------------------------------------------
 
 template <class T>
-void conv2d(const Conv2d& p, const T* x, const T* w, T* y) {
-  if (depthwise(p)) return depthwise_conv2d(p, x, w, y);
+void conv2d(const Conv2d& p, const T* x, const T* w, const T* bias, T* y) {
+  if (depthwise(p)) return depthwise_conv2d(p, x, w, bias, y);
   const Index c = p.c / p.groups, o = p.o / p.groups, taps = p.kh * p.kw;
   const Scratch<Index> down(p.kh), right(p.kw), at(taps);
   for (Index r = 0; r < p.kh; ++r) down.get()[r] = r * p.dilation_h - p.pad_h;
@@ -255,7 +255,13 @@ void conv2d(const Conv2d& p, const T* x, const T* w, T* y) {
     const Weights<T> weights{w + group * o * c * taps, c * taps, taps, at.get(), taps};
     const Pixels<T> out{
         y + group * o * p.oh * p.ow, p.o * p.oh * p.ow, p.oh * p.ow, p.oh, p.ow, p.ow, 1, 1};
-    gemm<T>(o, p.n * p.oh * p.ow, c * taps, taps, weights, image, out);
+    const Index pixels = p.n * p.oh * p.ow;
+    if (bias) {
+      const Bias<T> of_output{bias + group * o, nullptr, false};
+      gemm<T>(o, pixels, c * taps, taps, weights, image, out, of_output);
+    } else {
+      gemm<T>(o, pixels, c * taps, taps, weights, image, out);
+    }
   }
 }
 

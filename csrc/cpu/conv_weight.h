@@ -26,15 +26,17 @@ struct Walk {
   Index image_step, row_step, column_step;
 };
 
-// C (M rows of kTileColumns) += sum over the walk's pixels of left[i][..] * right[pixel][0..)
+// C (M rows of kTileColumns) = or += sum over the walk's pixels of left[i][..] * right[pixel][0..)
 template <class T, int M, int V>
-void accumulate_tile(const Walk& walk, const T* const* left, const T* right, T* c) {
+void accumulate_tile(const Walk& walk, const T* const* left, const T* right, T* c, bool add) {
   constexpr Index nr = kTileColumns<T>;
   Vec<T> sum[M][V];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[i][v] = load(c + i * nr + v * kLanes<T>);
+    for (int v = 0; v < V; ++v) {
+      sum[i][v] = add ? load(c + i * nr + v * kLanes<T>) : Vec<T>{};
+    }
   }
   const Index step = walk.column_step;
   for (Index image = 0; image < walk.images; ++image) {
@@ -65,7 +67,7 @@ void accumulate_tile(const Walk& walk, const T* const* left, const T* right, T* 
 
 template <class T>
 struct AccumulateTable {
-  void (*kernel[kTileRows][kTileVectors])(const Walk&, const T* const*, const T*, T*);
+  void (*kernel[kTileRows][kTileVectors])(const Walk&, const T* const*, const T*, T*, bool);
   constexpr AccumulateTable() : kernel{} { fill<1, 1>(); }
 
  private:
@@ -194,8 +196,8 @@ void conv2d_weight_of_group(const Conv2d& p, Index c, Index o, const T* g, const
         for (Index i = 0; i < panels.parts; ++i) {
           const Index row = panels.begin(i);
           accumulate_table<T>.kernel[panels.size(i) - 1][vectors - 1](
-              walk, left.get() + row, turned.get() + j * all_pixels,
-              sum + j * cn * taps + row * nr);
+              walk, left.get() + row, turned.get() + j * all_pixels, sum + j * cn * taps + row * nr,
+              true);
         }
       }
     }

@@ -65,11 +65,14 @@ class PaddedPlane {
   Scratch<T> memory_;
 };
 
-// V vectors of one output row: y = or += the sum over taps of weight[t] * tap[t][offset ...].
+// V vectors of one output row: y = `first`, or y, + the sum over taps of weight[t] * tap[t][offset
+// ...].
 template <class T, int V>
 MINIDL_INLINE void correlate_vectors(Index taps, const T* const* tap, Index offset, const T* weight,
-                                     T* y, Index columns, bool add) {
-  Vec<T> sum[V] = {};
+                                     T first, T* y, Index columns, bool add) {
+  Vec<T> sum[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) sum[v] = Vec<T>{} + first;
   for (Index t = 0; t < taps; ++t) {
     const T* x = tap[t] + offset;
 #pragma GCC unroll 4
@@ -88,21 +91,23 @@ MINIDL_INLINE void correlate_vectors(Index taps, const T* const* tap, Index offs
 }
 
 template <class T>
-void correlate(const PaddedPlane<T>& plane, Index taps, const T* const* tap, const T* weight, T* y,
-               Index out_h, Index out_w, bool add) {
+void correlate(const PaddedPlane<T>& plane, Index taps, const T* const* tap, const T* weight,
+               T first, T* y, Index out_h, Index out_w, bool add) {
   for (Index row = 0; row < out_h; ++row, y += out_w) {
     Index q = 0;
     for (; q + 3 * kLanes<T> < out_w; q += 4 * kLanes<T>) {
-      correlate_vectors<T, 4>(taps, tap, row * plane.row_step() + q, weight, y + q, out_w - q, add);
+      correlate_vectors<T, 4>(taps, tap, row * plane.row_step() + q, weight, first, y + q,
+                              out_w - q, add);
     }
     for (; q < out_w; q += kLanes<T>) {
-      correlate_vectors<T, 1>(taps, tap, row * plane.row_step() + q, weight, y + q, out_w - q, add);
+      correlate_vectors<T, 1>(taps, tap, row * plane.row_step() + q, weight, first, y + q,
+                              out_w - q, add);
     }
   }
 }
 
 template <class T>
-void depthwise_conv2d(const Conv2d& p, const T* x, const T* w, T* y) {
+void depthwise_conv2d(const Conv2d& p, const T* x, const T* w, const T* bias, T* y) {
   const Index many = p.o / p.groups, taps = p.kh * p.kw;  // `many` outputs for each input channel
   parallel_for(p.n * p.c, [&](Index job) {
     const Index image = job / p.c, c = job % p.c;
@@ -115,8 +120,8 @@ void depthwise_conv2d(const Conv2d& p, const T* x, const T* w, T* y) {
     }
     plane.fill(x + job * p.h * p.w);
     for (Index o = c * many; o < (c + 1) * many; ++o) {
-      correlate(plane, taps, tap.get(), w + o * taps, y + (image * p.o + o) * p.oh * p.ow, p.oh,
-                p.ow, false);
+      correlate(plane, taps, tap.get(), w + o * taps, bias ? bias[o] : T(0),
+                y + (image * p.o + o) * p.oh * p.ow, p.oh, p.ow, false);
     }
   });
 }
@@ -148,7 +153,7 @@ void depthwise_conv2d_input(const Conv2d& p, const T* g, const T* w, T* gx) {
       }
       for (Index o = c * many; o < (c + 1) * many; ++o) {
         plane.fill(g + (image * p.o + o) * p.oh * p.ow);
-        correlate(plane, taps, tap.get(), w + o * taps, gx + job * p.h * p.w, p.h, p.w,
+        correlate(plane, taps, tap.get(), w + o * taps, T(0), gx + job * p.h * p.w, p.h, p.w,
                   o > c * many);
       }
     });

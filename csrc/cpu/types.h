@@ -52,14 +52,21 @@ struct Pool2d {
 // empty: the caller has dealt with sizes of zero.
 template <class T>
 struct KernelsFor {
-  // bias: for each column, or null
+  // bias: for each column, or for each output channel; or null
   void (*matmul)(Index m, Index n, Index k, Matrix<T> a, Matrix<T> b, const T* bias, T* c);
-  void (*conv2d)(const Conv2d&, const T* x, const T* w, T* y);
+  void (*conv2d)(const Conv2d&, const T* x, const T* w, const T* bias, T* y);
   void (*conv2d_input)(const Conv2d&, const T* g, const T* w, T* gx);
   void (*conv2d_weight)(const Conv2d&, const T* g, const T* x, T* gw);
   void (*max_pool2d)(const Pool2d&, const T* x, T* y, std::int32_t* index);
   // Returns false if an index lies outside its plane; those gradients are dropped.
   bool (*max_pool2d_input)(const Pool2d&, const T* g, const std::int32_t* index, T* gx);
+};
+
+// 3x3 with stride 1, dilation 1, one group, padding 0 to 2: with fewer multiplications.
+struct Winograd {
+  void (*conv2d)(const Conv2d&, const float* x, const float* w, const float* bias, float* y);
+  void (*conv2d_input)(const Conv2d&, const float* g, const float* w, float* gx);
+  void (*conv2d_weight)(const Conv2d&, const float* g, const float* x, float* gw);
 };
 
 // The rungs below those kernels (ladder.h), and the loops that measure the machine (peak.h).
@@ -237,6 +244,7 @@ struct Kernels {
   const Ladder* ladder;
   const Training* training;
   const Narrow* narrow;
+  const Winograd* winograd;
 };
 
 }  // namespace minidl

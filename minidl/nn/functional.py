@@ -211,8 +211,7 @@ def convolve(
     elif isinstance(padding, str):
         raise ValueError(f"{name}: padding is a number, two, 'same' or 'valid', got {padding!r}")
     how = {"stride": stride, "padding": pair("padding", padding), "dilation": dilation}
-    y = conv.conv2d(x, weight, **how, groups=groups)
-    return y if bias is None else y + bias.reshape(1, -1, 1, 1)
+    return conv.conv2d(x, weight, bias, **how, groups=groups)
 
 
 def conv_transpose2d(

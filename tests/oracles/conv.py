@@ -26,11 +26,13 @@ def length(size, kernel, stride, padding, dilation):
 
 
 @loops("conv2d")
-def _(x, w, *, stride, padding, dilation, groups):
+def _(x, w, b, *, stride, padding, dilation, groups):
     size = [
         length(x.shape[2 + a], w.shape[2 + a], stride[a], padding[a], dilation[a]) for a in (0, 1)
     ]
     y = np.zeros((x.shape[0], w.shape[0], *size))
+    if b is not None:
+        y += b.reshape(-1, 1, 1)
     for at_x, at_w, at_y in terms(x.shape, w.shape, size, stride, padding, dilation, groups):
         y[at_y] += x[at_x] * w[at_w]
     return y
@@ -53,10 +55,10 @@ def _(y, x, *, kernel_size, stride, padding, dilation, groups):
 
 
 @pytorch("conv2d")
-def _(x, w, **settings):
+def _(x, w, b, **settings):
     import torch.nn.functional as F
 
-    return F.conv2d(x, w, **settings)
+    return F.conv2d(x, w, b, **settings)
 
 
 @pytorch("conv2d_input")
