@@ -1,7 +1,8 @@
 """Winograd's convolution against the plain formula, within the bound that winograd.h states.
 
 The matrices A, B and G are built here from the six points, in float64. With absolute values of
-everything they give the size S of each result, and (K + 40) u / (1 - (K + 40) u) S bounds its error.
+everything they give the size S of each result, and (K + 40) u / (1 - (K + 40) u) S bounds its
+error.
 """
 
 from __future__ import annotations

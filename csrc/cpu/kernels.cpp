@@ -20,7 +20,8 @@ extern const Narrow narrow;              // kernels_narrow.cpp
 extern const Training training;          // kernels_training.cpp
 extern const Winograd winograd_kernels;  // kernels_winograd.cpp
 extern const Kernels kernels;
-const Kernels kernels{MINIDL_TEXT(MINIDL_ISA), kernels_for<float>, kernels_for<double>, &ladder,
-                      &training, &narrow, &winograd_kernels};
+const Kernels kernels{
+    MINIDL_TEXT(MINIDL_ISA), kernels_for<float>, kernels_for<double>, &ladder, &training, &narrow,
+    &winograd_kernels};
 
 }  // namespace minidl::MINIDL_ISA

@@ -188,7 +188,7 @@ def conv_integer(
         x -= along(x_zero_point, 0, 0)
     if w_zero_point is not None:
         w -= along(w_zero_point, 0, 4)
-    y = conv2d(x, w, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    y = conv2d(x, w, None, stride=stride, padding=padding, dilation=dilation, groups=groups)
     return finish(np.rint(y).astype(np.int64), scale, bias, zero_point, relu, 1)
 
 

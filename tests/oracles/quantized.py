@@ -77,7 +77,7 @@ def _(x, w, x_zero_point, w_zero_point, scale, bias, zero_point, relu, **geometr
     x = x.astype(float) - at(x_zero_point, 0)
     zeros = [at(w_zero_point, o) for o in range(len(w))]
     w = np.stack([of.astype(float) - zero for of, zero in zip(w, zeros)])
-    total = LOOPS["conv2d"](x, w, **geometry)
+    total = LOOPS["conv2d"](x, w, None, **geometry)
     y = np.zeros(total.shape, result_dtype(scale, zero_point))
     for i in np.ndindex(y.shape):
         y[i] = finish(int(total[i]), i[1], scale, bias, zero_point, relu)
