@@ -232,13 +232,13 @@ def winograd(x, w):
     return y.swapaxes(3, 4).reshape(n, o, 2 * p, 2 * q)
 
 
-exact = registry["conv2d"].op.formula(x.astype(np.float64), w.astype(np.float64), **how)
+exact = registry["conv2d"].op.formula(x.astype(np.float64), w.astype(np.float64), None, **how)
 errors = {
-    "im2col": rungs["im2col"](x, w, **how),
+    "im2col": rungs["im2col"](x, w, None, **how),
     "Winograd, 2×2 tiles": winograd(x, w),
 }
 if "winograd" in rungs:  # the library's, in C++: 4×4 tiles
-    errors["Winograd, 4×4 tiles"] = rungs["winograd"](x, w, **how)
+    errors["Winograd, 4×4 tiles"] = rungs["winograd"](x, w, None, **how)
 for name, result in errors.items():
     error = np.abs(result - exact).max() / np.abs(exact).max()
     print(f"{name:20} relative error {error:.1e}")

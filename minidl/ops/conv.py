@@ -345,7 +345,7 @@ def winograd_pays(
 
 @conv2d.kernel("winograd", dtypes=("float32",), missing=why_missing)
 def _(x, w, b, *, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    """ "native" where `winograd_pays` says no."""
+    """Where `winograd_pays` says no, this is "native"."""
     if winograd_pays(x.shape, w.shape, stride, padding, dilation, groups):
         return native.conv2d_winograd(x, w, b, padding)
     return native.conv2d(x, w, b, stride, padding, dilation, groups)
@@ -353,7 +353,7 @@ def _(x, w, b, *, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
 
 @conv2d_input.kernel("winograd", dtypes=("float32",), missing=why_missing)
 def _(y, w, *, input_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    """ "native" where `winograd_pays` says no."""
+    """Where `winograd_pays` says no, this is "native"."""
     x_shape = (y.shape[0], w.shape[1] * groups, *input_size)
     if winograd_pays(x_shape, w.shape, stride, padding, dilation, groups):
         return native.conv2d_input_winograd(y, w, input_size, padding)
@@ -362,7 +362,7 @@ def _(y, w, *, input_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), group
 
 @conv2d_weight.kernel("winograd", dtypes=("float32",), missing=why_missing)
 def _(y, x, *, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    """ "native" where `winograd_pays` says no."""
+    """Where `winograd_pays` says no, this is "native"."""
     w_shape = (y.shape[1], x.shape[1], *kernel_size)
     if winograd_pays(x.shape, w_shape, stride, padding, dilation, groups):
         return native.conv2d_weight_winograd(y, x, padding)
