@@ -143,6 +143,27 @@ def dropout(
 ) -> NDArray[T]: ...
 def relu(x: NDArray[T]) -> NDArray[T]: ...
 def relu_gradient(g: NDArray[T], y: NDArray[T]) -> NDArray[T]: ...
+def recurrent(
+    cell: str,
+    a: NDArray[T],
+    w_hh: NDArray[T],
+    b_ih: NDArray[T] | None,
+    b_hh: NDArray[T] | None,
+    first: NDArray[T],
+    lengths: NDArray[int64] | None,
+) -> NDArray[T]: ...
+def recurrent_gradient(
+    cell: str,
+    g: NDArray[T],
+    states: NDArray[T],
+    a: NDArray[T],
+    b: NDArray[T],
+    w_hh: NDArray[T],
+    b_ih: NDArray[T] | None,
+    b_hh: NDArray[T] | None,
+    first: NDArray[T],
+    lengths: NDArray[int64] | None,
+) -> tuple[NDArray[T], NDArray[T], NDArray[T]]: ...
 def sgd(
     p: Sequence[NDArray[T]],
     g: Sequence[NDArray[T]],

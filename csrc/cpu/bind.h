@@ -26,6 +26,7 @@ void bind_ladder(py::module_& m);
 void bind_matmul(py::module_& m);
 void bind_narrow(py::module_& m);
 void bind_pool(py::module_& m);
+void bind_recurrent(py::module_& m);
 void bind_training(py::module_& m);
 
 using Pair = std::pair<Index, Index>;
@@ -104,6 +105,23 @@ Matrix<T> matrix(const py::array& a, py::array& owner) {
                     reinterpret_cast<std::uintptr_t>(a.data()) % alignof(T) == 0;
   owner = fits ? a : py::array(contiguous<T>(a));
   return {static_cast<const T*>(owner.data()), owner.strides(0) / size, owner.strides(1) / size};
+}
+
+// The array in the right type and layout, or null.
+using Maybe = std::optional<py::array>;
+
+template <class T>
+std::optional<Plain<T>> maybe_plain(const char* op, const char* name, const Maybe& a) {
+  if (!a) return std::nullopt;
+  if (!py::isinstance<py::array_t<T>>(*a)) {
+    throw py::type_error(std::string(op) + ": " + name + " must be " + text(py::dtype::of<T>()) +
+                         ", got " + text(a->dtype()));
+  }
+  return contiguous<T>(*a);
+}
+template <class T>
+const T* pointer(const std::optional<Plain<T>>& a) {
+  return a ? a->data() : nullptr;
 }
 
 inline void expect_dimensions(const char* op, const char* name, const py::array& a, int dimensions,

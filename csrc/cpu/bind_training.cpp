@@ -1,14 +1,11 @@
 // The Python face of what a training step does beside products and convolutions: normalisation,
 // softmax and cross entropy, dropout, ReLU.
-#include <optional>
 #include <vector>
 
 #include "bind.h"
 
 namespace minidl {
 namespace {
-
-using Maybe = std::optional<py::array>;
 
 std::vector<Index> shape_vector(const py::array& a) { return {a.shape(), a.shape() + a.ndim()}; }
 
@@ -18,21 +15,6 @@ void expect_shape(const char* op, const char* name, const py::array& a, const ch
     bad_value(std::string(op) + ": " + name + " must have the shape of " + as + ", " + shape_of(b) +
               ", got " + shape_of(a));
   }
-}
-
-// The array in the right type and layout, or null.
-template <class T>
-std::optional<Plain<T>> maybe_plain(const char* op, const char* name, const Maybe& a) {
-  if (!a) return std::nullopt;
-  if (!py::isinstance<py::array_t<T>>(*a)) {
-    throw py::type_error(std::string(op) + ": " + name + " must be " + text(py::dtype::of<T>()) +
-                         " as x is, got " + text(a->dtype()));
-  }
-  return contiguous<T>(*a);
-}
-template <class T>
-const T* pointer(const std::optional<Plain<T>>& a) {
-  return a ? a->data() : nullptr;
 }
 
 // ---- Normalisation ----------------------------------------------------------------------------

@@ -15,13 +15,14 @@ constexpr KernelsFor<T> kernels_for{
     matmul<T>, conv2d<T>, conv2d_input<T>, conv2d_weight<T>, max_pool2d<T>, max_pool2d_input<T>,
 };
 
-extern const Ladder ladder;              // kernels_ladder.cpp
-extern const Narrow narrow;              // kernels_narrow.cpp
-extern const Training training;          // kernels_training.cpp
-extern const Winograd winograd_kernels;  // kernels_winograd.cpp
+extern const Ladder ladder;                       // kernels_ladder.cpp
+extern const Narrow narrow;                       // kernels_narrow.cpp
+extern const RecurrentKernels recurrent_kernels;  // kernels_recurrent.cpp
+extern const Training training;                   // kernels_training.cpp
+extern const Winograd winograd_kernels;           // kernels_winograd.cpp
 extern const Kernels kernels;
 const Kernels kernels{
     MINIDL_TEXT(MINIDL_ISA), kernels_for<float>, kernels_for<double>, &ladder, &training, &narrow,
-    &winograd_kernels};
+    &winograd_kernels,       &recurrent_kernels};
 
 }  // namespace minidl::MINIDL_ISA

@@ -44,6 +44,7 @@ PYBIND11_MODULE(_native, m) {
   bind_matmul(m);
   bind_narrow(m);
   bind_pool(m);
+  bind_recurrent(m);
   bind_training(m);
 
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");

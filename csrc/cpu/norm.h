@@ -38,7 +38,7 @@ template <class T>
 void statistics(const Norm& s, const T* x, T* mean, T* variance) {
   for_groups(s, [&](Index g) {
     const double count = static_cast<double>(s.runs * s.length);
-    Sum<T> sum;
+    Total<T> sum;
     for (Index r = 0; r < s.runs; ++r) {
       const T* p = x + Run<T>{s, g, r}.begin();
       for (Index i = 0; i < s.length; i += kLanes<T>) {
@@ -46,7 +46,7 @@ void statistics(const Norm& s, const T* x, T* mean, T* variance) {
       }
     }
     const T mu = static_cast<T>(sum.value() / count);
-    Sum<T> squares;
+    Total<T> squares;
     for (Index r = 0; r < s.runs; ++r) {
       const T* p = x + Run<T>{s, g, r}.begin();
       for (Index i = 0; i < s.length; i += kLanes<T>) {
@@ -107,7 +107,7 @@ void standardize_gradient(const Norm& s, T eps, const T* g, const T* x, const T*
       for (Index r = 0; r < s.runs; ++r) {
         const Run<T> run{s, group, r};
         const Index begin = run.begin(), at = run.weight();
-        Sum<T> sum_g, sum_gx, sum_h, sum_hx;
+        Total<T> sum_g, sum_gx, sum_h, sum_hx;
         for (Index i = 0; i < s.length; i += kLanes<T>) {
           const Index left = s.length - i;
           const Vec<T> gi = load_up_to(g + begin + i, left, T(0));

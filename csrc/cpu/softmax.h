@@ -38,7 +38,7 @@ struct Row {
     }
     largest = largest_of<T>(most);
     // Beyond the end: exp(-inf) = 0, also where largest is -inf and the sum is NaN anyway.
-    Sum<T> total;
+    Total<T> total;
     for (Index i = 0; i < n; i += kLanes<T>) {
       total.add(vexp<T>(load_up_to(x + i, n - i, static_cast<T>(-kInfinity)) - largest));
     }
@@ -154,7 +154,7 @@ void softmax_backward(const Scores& s, const T* g, const T* y, T* gx) {
   };
   const auto row = [&](Index n) {
     const Index at = n * s.classes;
-    Sum<T> total;
+    Total<T> total;
     for (Index i = 0; i < s.classes; i += kLanes<T>) {
       const Index left = s.classes - i;
       total.add(term(load_up_to(g + at + i, left, T(0)), load_up_to(y + at + i, left, T(0))));

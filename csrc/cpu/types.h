@@ -179,6 +179,28 @@ struct TrainingFor {
   void (*rmsprop)(const RmsProp<T>&, Index count, const Slice<T>* slices);
 };
 
+// A recurrent layer over sequences of `steps` steps; lengths (of each sequence) may be null.
+enum class RecurrentCell { rnn_tanh, rnn_relu, lstm, gru };
+struct Recurrent {
+  RecurrentCell cell;
+  Index steps, batch, hidden;
+  const Index* lengths;
+};
+
+template <class T>
+struct RecurrentFor {  // see recurrent.h
+  void (*forward)(const Recurrent&, const T* a, const T* w_hh, const T* b_ih, const T* b_hh,
+                  const T* first, T* states);
+  void (*backward)(const Recurrent&, const T* a, const T* b, const T* w_hh, const T* b_ih,
+                   const T* b_hh, const T* first, const T* states, const T* g, T* da, T* db,
+                   T* d_first);
+};
+
+struct RecurrentKernels {
+  RecurrentFor<float> f32;
+  RecurrentFor<double> f64;
+};
+
 struct Training {
   TrainingFor<float> f32;
   TrainingFor<double> f64;
@@ -245,6 +267,7 @@ struct Kernels {
   const Training* training;
   const Narrow* narrow;
   const Winograd* winograd;
+  const RecurrentKernels* recurrent;
 };
 
 }  // namespace minidl

@@ -71,7 +71,7 @@ MINIDL_INLINE double sum_of(Vec<T> v) {
 // A long sum: lane by lane for a while, then all lanes into a double, so that the error does not
 // grow with the length. The order depends on nothing but what is added.
 template <class T>
-struct Sum {
+struct Total {
   Vec<T> lanes{};
   double total = 0;
   int since = 0;

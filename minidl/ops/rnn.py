@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from minidl import backend
+from minidl.backend.native import native, why_missing
 from minidl.op import Sample, op, sample
 from minidl.ops.elementwise import sigmoid, tanh, where
 from minidl.ops.shape import cat_, stack_
@@ -215,12 +216,101 @@ def _(g, out, x, h0, w_ih, w_hh, b_ih, b_hh, lengths):
     )
 
 
+# Kernels ----------------------------------------------------------------------------------
+#
+# In C++ is the loop over time alone (csrc/cpu/recurrent.h), with the batch in the last dimension;
+# the products over all steps are made here, and only those that are wanted.
+
+
+def forwards(cell: str, x: Any, first: list[Any], w_ih: Any, w_hh: Any, *rest: Any) -> Any:
+    """The states (S,T,N,H) of a layer, or None: an empty one is left to the formula."""
+    if not first[0].size or not len(x):
+        return None
+    a = native.matmul(w_ih, flat(x).T)  # type: ignore[union-attr]
+    return native.recurrent(cell, a, w_hh, *rest[:2], np.stack(first), rest[2])  # type: ignore[union-attr]
+
+
+def backwards(
+    cell: str, g: Any, out: Any, x: Any, first: list[Any], w_ih: Any, w_hh: Any, *rest: Any
+) -> tuple[Any, ...] | None:
+    """The gradients of x, of the first states, and of the weights and biases, as `forwards`."""
+    if not first[0].size or not len(x):
+        return None
+    matmul = native.matmul  # type: ignore[union-attr]
+    h_before = flat(before(first[0], out[0]))
+    if cell in ("tanh", "relu"):  # their slope is known from the states
+        a = b = np.empty(h_before.T.shape, x.dtype)
+    else:
+        a, b = matmul(w_ih, flat(x).T), matmul(w_hh, h_before.T)
+    da, db, d_first = native.recurrent_gradient(  # type: ignore[union-attr]
+        cell, g, out, a, b, w_hh, *rest[:2], np.stack(first), rest[2]
+    )
+    return (
+        lambda: matmul(da.T, w_ih).reshape(x.shape),
+        *d_first,
+        lambda: matmul(da, flat(x)),
+        lambda: matmul(db, h_before),
+        lambda: da.sum(axis=1),
+        lambda: db.sum(axis=1),
+        None,
+    )
+
+
+@rnn.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, *, nonlinearity="tanh"):
+    states = forwards(nonlinearity, x, [h0], w_ih, w_hh, b_ih, b_hh, lengths)
+    if states is None:
+        formula = rnn.op.formula
+        return formula(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, nonlinearity=nonlinearity)
+    return states[0]
+
+
+@rnn.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(g, out, x, h0, w_ih, w_hh, lengths, *, nonlinearity):
+    inputs = (nonlinearity, g[None], out[None], x, [h0], w_ih, w_hh, None, None, lengths)
+    return backwards(*inputs) or rnn.op.rule(
+        g, out, x, h0, w_ih, w_hh, lengths, nonlinearity=nonlinearity
+    )
+
+
+@lstm.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths):
+    states = forwards("lstm", x, [h0, c0], w_ih, w_hh, b_ih, b_hh, lengths)
+    if states is None:
+        return lstm.op.formula(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths)
+    return states
+
+
+@lstm.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(g, out, x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths):
+    return backwards("lstm", g, out, x, [h0, c0], w_ih, w_hh, b_ih, b_hh, lengths) or lstm.op.rule(
+        g, out, x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths
+    )
+
+
+@gru.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x, h0, w_ih, w_hh, b_ih, b_hh, lengths):
+    states = forwards("gru", x, [h0], w_ih, w_hh, b_ih, b_hh, lengths)
+    if states is None:
+        return gru.op.formula(x, h0, w_ih, w_hh, b_ih, b_hh, lengths)
+    return states[0]
+
+
+@gru.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(g, out, x, h0, w_ih, w_hh, b_ih, b_hh, lengths):
+    return backwards(
+        "gru", g[None], out[None], x, [h0], w_ih, w_hh, b_ih, b_hh, lengths
+    ) or gru.op.rule(g, out, x, h0, w_ih, w_hh, b_ih, b_hh, lengths)
+
+
 # Samples ----------------------------------------------------------------------------------
 
 
 def problems(rng: np.random.Generator, gates: int, states: int) -> Iterator[tuple[Any, ...]]:
     """Inputs: with and without biases and lengths."""
-    for t, n, i, h, lengths in [(3, 2, 3, 2, None), (4, 3, 2, 3, [2, 4, 1]), (2, 0, 2, 2, None)]:
+    for t, n, i, h, lengths in [
+        (3, 2, 3, 2, None), (4, 3, 2, 3, [2, 4, 1]), (2, 0, 2, 2, None), (2, 19, 3, 9, None),
+    ]:  # fmt: skip
         x, *first = rng.normal(size=(t, n, i)), *rng.normal(size=(states, n, h))
         w_ih, w_hh = rng.normal(size=(gates * h, i)), rng.normal(size=(gates * h, h))
         biases = rng.normal(size=(2, gates * h))
