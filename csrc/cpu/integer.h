@@ -40,6 +40,10 @@ MINIDL_INLINE Word word_of(const std::uint8_t* p, Index stride, Index count, std
 constexpr std::uint8_t to_signed(bool is_signed) { return is_signed ? 0 : 128; }
 constexpr std::uint8_t to_unsigned(bool is_signed) { return is_signed ? 128 : 0; }
 
+inline bool is_word_aligned(const void* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % sizeof(Word) == 0;
+}
+
 // ---- The operands of a matrix product ---------------------------------------------------------
 
 struct BytesLeft {
@@ -76,7 +80,16 @@ struct BytesRight {
       const Index n = smaller(nr, columns - j);
       const std::uint8_t* src = b.data + (j0 + j) * b.row_stride + 4 * k0 * b.col_stride;
       if (n < nr) std::memset(dst, 0, static_cast<std::size_t>(depth * nr) * sizeof(Word));
-      for (Index k = 0; k < depth; ++k) {
+      Index k = 0;
+      if (b.col_stride == 1 && b.row_stride % 4 == 0 &&
+          is_word_aligned(src)) {  // words as they are
+        k = smaller(depth, bytes / 4 - k0);
+        transpose(dst, nr, reinterpret_cast<const Word*>(src), b.row_stride / 4, n, k);
+        for (Index i = 0; i < k * nr; i += lanes) {
+          store(dst + i, load(dst + i) ^ static_cast<std::int32_t>(flips));
+        }
+      }
+      for (; k < depth; ++k) {
         const Index here = 4 * (k0 + k) + 4 <= bytes ? 4 : bytes - 4 * (k0 + k);
         const std::uint8_t* from = src + 4 * k * b.col_stride;
         Word* to = dst + k * nr;
@@ -87,12 +100,6 @@ struct BytesRight {
             Vec<Word> word = load_bytes(from + t);
             for (int q = 1; q < 4; ++q) word |= load_bytes(from + q * b.col_stride + t) << 8 * q;
             store(to + t, word ^ static_cast<std::int32_t>(flips));
-          }
-        } else if (b.col_stride == 1 && here == 4) {
-          for (; t < n; ++t) {
-            std::uint32_t bits;
-            std::memcpy(&bits, from + t * b.row_stride, 4);
-            to[t] = static_cast<Word>(bits ^ flips);
           }
         }
         for (; t < n; ++t) to[t] = word_of(from + t * b.row_stride, b.col_stride, here, flip);
@@ -199,16 +206,22 @@ void with_result(Finish::Type type, void* c, const F& f) {
 inline Index packed_width(Index n) { return round_up(n, kTileColumns<Word>); }
 
 inline void pack_bytes(Index n, Index k, Bytes w, PackedBytes packed) {
-  const BytesRight right{w, k};
-  const Index words = divide_up(k, 4);
-  pack_right(n, words, 1, right, packed.words);
-  parallel_for(n, [&](Index j) {
-    const std::uint8_t* p = w.data + j * w.row_stride;
-    const std::uint8_t flip = to_unsigned(w.is_signed);
-    std::int32_t sum = 0;
-    for (Index q = 0; q < k; ++q) sum += p[q * w.col_stride] ^ flip;
-    packed.sum[j] = sum;
-    packed.zero[j] += flip;
+  constexpr Index nr = kTileColumns<Word>;
+  const Index words = divide_up(k, 4), depth = depth_of_block(words, 1);
+  pack_right(n, words, 1, BytesRight{w, k}, packed.words);
+  // The sums of the columns are the product with a row of ones.
+  const Scratch<Word> ones(depth);
+  for (Index i = 0; i < depth; ++i) ones.get()[i] = Word{0x01010101};
+  parallel_for(divide_up(n, nr), [&](Index panel) {
+    const Index j = panel * nr, columns = smaller(nr, n - j);
+    const Index vectors = divide_up(columns, kLanes<Word>);
+    for (Index k0 = 0; k0 < words; k0 += depth) {
+      const Index kn = smaller(depth, words - k0);
+      const Word* block = packed.words + k0 * packed_width(n) + j * kn;
+      kernel_for<Word>(block, 1, vectors)(kn, ones.get(), block, packed.sum + j, nr,
+                                          columns - (vectors - 1) * kLanes<Word>, k0 > 0);
+    }
+    for (Index t = j; t < j + columns; ++t) packed.zero[t] += to_unsigned(w.is_signed);
   });
 }
 

@@ -113,10 +113,18 @@ struct Widen<float, BFloat16> {
 template <>
 struct Widen<float, std::int8_t> {
   static MINIDL_INLINE Vec<float> load(const std::int8_t* p) {
+#if defined(__AVX512F__)
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (Vec<float>)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, narrow));
+#elif defined(__AVX2__)
+    const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(narrow));
+#else
     typedef std::int8_t Byte __attribute__((vector_size(kVectorBytes / 4)));
     Byte narrow;
     std::memcpy(&narrow, p, sizeof narrow);
     return __builtin_convertvector(__builtin_convertvector(narrow, Vec<std::int32_t>), Vec<float>);
+#endif
   }
 };
 

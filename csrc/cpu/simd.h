@@ -67,11 +67,16 @@ MINIDL_INLINE Index divide_down(Index a, Index b) {                          // 
 }
 MINIDL_INLINE Index round_up(Index a, Index b) { return divide_up(a, b) * b; }
 
-// dst[c * ldd + r] = src[r * lds + c]
+// dst[c * ldd + r] = src[r * lds + c]. Few rows at a time: if lds is a power of two, all of them
+// would fall into the same few places of the cache.
 template <class T>
 inline void transpose(T* dst, Index ldd, const T* src, Index lds, Index rows, Index cols) {
-  for (Index c = 0; c < cols; ++c) {
-    for (Index r = 0; r < rows; ++r) dst[c * ldd + r] = src[r * lds + c];
+  constexpr Index kRows = 8;
+  for (Index r0 = 0; r0 < rows; r0 += kRows) {
+    const Index r1 = smaller(rows, r0 + kRows);
+    for (Index c = 0; c < cols; ++c) {
+      for (Index r = r0; r < r1; ++r) dst[c * ldd + r] = src[r * lds + c];
+    }
   }
 }
 
