@@ -280,6 +280,93 @@ def matmul_cases() -> Iterator[Case]:
         )
 
 
+def minidl_int8(n: int) -> Call:
+    from minidl.backend.native import native
+
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-127, 128, (n, n)).astype(np.int8) for _ in range(2))
+    packed = native.pack_matmul_integer(b)
+    return lambda: native.matmul_integer(a, packed)
+
+
+def torch_int8(n: int) -> Call:
+    import torch
+
+    a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8) for _ in range(2))
+    return lambda: torch._int_mm(a, b)
+
+
+def int8_cases() -> Iterator[Case]:
+    for n in (512, 1024, 2048):
+        yield Case(
+            f"{n}×{n} · {n}×{n}",
+            {
+                "minidl": lambda n=n: minidl_int8(n),
+                "NumPy, float32": lambda n=n: numpy_matmul(n, n, n),
+                "PyTorch": lambda n=n: torch_int8(n),
+            },
+        )
+
+
+def minidl_int8_conv(layer: tuple[int, ...]) -> Call:
+    from minidl.backend.native import native
+
+    c, o, kernel, stride, groups, side = layer
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (BATCH, c, side, side)).astype(np.uint8)
+    w = rng.integers(-127, 128, (o, c // groups, kernel, kernel)).astype(np.int8)
+    packed = native.pack_conv_integer(w, 0, groups)
+    scale = np.full(o, 1e-3, np.float32)
+    how = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2), "scale": scale}
+    return lambda: native.conv_integer(x, packed, 0, **how, dtype="uint8")
+
+
+def int8_conv_cases() -> Iterator[Case]:
+    """Bytes in, bytes out, against our own float32 without Winograd (in a process of its own)."""
+    for layer in LAYERS:
+        c, o, kernel, stride, groups, side = layer
+        kind = "depthwise " if groups > 1 else ""
+        direct = with_kernel("native", lambda lib, a=layer: convolution(a, False, lib))
+        yield Case(
+            f"{kind}{kernel}×{kernel}{f'/{stride}' * (stride > 1)} {c}→{o} {side}²",
+            {"minidl": lambda a=layer: minidl_int8_conv(a), "float32, direct": direct},
+        )
+
+
+def minidl_narrow(rows: int, n: int, dtype: str) -> Call:
+    from minidl.backend.native import native
+
+    x, w = matrices((rows, n), (n, n))
+    if dtype == "float32":
+        return minidl_matmul(rows, n, n)
+    scale = np.full(n, 1 / 127, np.float32) if dtype == "int8" else None
+    packed = native.pack_linear((w * (30 if dtype == "int8" else 1)).astype(dtype))
+    return lambda: native.linear(x, packed, scale)
+
+
+def narrow_cases() -> Iterator[Case]:
+    for rows, n in ((1, 4096), (8, 4096)):
+        for dtype in ("float16", "int8"):
+            yield Case(
+                f"{rows}×{n} · {n}×{n}, {dtype} weights",
+                {
+                    "minidl": lambda r=rows, n=n, d=dtype: minidl_narrow(r, n, d),
+                    "NumPy, float32": lambda r=rows, n=n: numpy_matmul(r, n, n),
+                },
+            )
+
+
+def square_half_cases() -> Iterator[Case]:
+    for n in (1024, 2048):
+        yield Case(
+            f"{n}×{n} · {n}×{n}, float16 weights",
+            {
+                "minidl": lambda n=n: minidl_narrow(n, n, "float16"),
+                "float32": lambda n=n: minidl_narrow(n, n, "float32"),
+            },
+        )
+
+
 AVX2 = {
     "MINIDL_ISA": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -298,6 +385,22 @@ def sections() -> dict[str, Section]:
             list(layer_cases(rungs=True)),
         ),
         "matmul": Section("Matrix product, float32", "", list(matmul_cases())),
+        "int8": Section(
+            "Matrix product, int8",
+            "Targets: at least 3.5 times NumPy's float32 and 0.95 times torch._int_mm.",
+            list(int8_cases()),
+        ),
+        "int8-conv": Section(
+            f"Convolution, int8, batch {BATCH}, against our own float32 without Winograd",
+            "Target: at least 2.5.",
+            list(int8_conv_cases()),
+        ),
+        "narrow": Section(
+            "Few rows, narrow weights",
+            "Targets against NumPy's float32: float16 1.3 (one row) and 3 (eight); int8 2 and 4. "
+            "Square float16 against our own float32: 0.9.",
+            [*narrow_cases(), *square_half_cases()],
+        ),
         "steps": Section(
             "Training steps",
             "Targets: CNN at least 1.8, LSTM at least 1.2, ResNet-18 at least 1.2; peak memory not "

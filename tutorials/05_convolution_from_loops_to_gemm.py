@@ -304,4 +304,4 @@ assert np.allclose(losses[0], losses[-1], rtol=1e-4)
 #    of its own, and no matrix product?
 #
 # The formulas are in `minidl/ops/conv.py`, the measuring in `minidl/bench.py`, the C++ in
-# `csrc/cpu/`.
+# `csrc/cpu/`. Next: `06_a_matrix_product_in_int8.py`.
