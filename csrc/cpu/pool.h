@@ -42,7 +42,7 @@ template <class T>
 inline void max_pool_2x2_row(const T* __restrict above, const T* __restrict below, Index columns,
                              T* __restrict y) {
   const auto larger_or_nan = [](T best, T next) {
-    return (next > best) | (next != next) ? next : best;
+    return ((next > best) | (next != next)) ? next : best;
   };
   for (Index q = 0; q < columns; ++q) {
     T best = larger_or_nan(above[2 * q], above[2 * q + 1]);
@@ -63,9 +63,9 @@ inline void max_pool_2x2_gradient_row(const T* __restrict above, const T* __rest
     const bool c_wins = (c > of_above) | (c != c);
     const T of_three = c_wins ? c : of_above;
     const bool d_wins = (d > of_three) | (d != d), in_above = !(c_wins | d_wins);
-    to_above[2 * q] = in_above & !b_wins ? g[q] : T(0);
-    to_above[2 * q + 1] = in_above & b_wins ? g[q] : T(0);
-    to_below[2 * q] = c_wins & !d_wins ? g[q] : T(0);
+    to_above[2 * q] = (in_above & !b_wins) ? g[q] : T(0);
+    to_above[2 * q + 1] = (in_above & b_wins) ? g[q] : T(0);
+    to_below[2 * q] = (c_wins & !d_wins) ? g[q] : T(0);
     to_below[2 * q + 1] = d_wins ? g[q] : T(0);
   }
 }
