@@ -40,16 +40,22 @@ struct Strided {  // index i is `stride` elements after index i - 1
   __device__ Offset operator()(int i) const { return i < length ? i * stride : -1; }
 };
 
-struct Split {  // an index that counts (outer, inner) pairs, each with a stride
-  int length;
-  Divisor inner;
+struct Split {               // an index that counts (outer, inner) pairs, each with a stride
+  int length, inner_length;  // of the inner ones, those from inner_length on are outside
   Offset outer_stride, inner_stride;
+  Divisor inner;
+  __device__ Split(int length, int inner, Offset outer_stride, Offset inner_stride,
+                   int inner_length)
+      : length(length),
+        inner_length(inner_length),
+        outer_stride(outer_stride),
+        inner_stride(inner_stride),
+        inner(inner) {}
   __device__ Split(int length, int inner, Offset outer_stride, Offset inner_stride)
-      : length(length), inner(inner), outer_stride(outer_stride), inner_stride(inner_stride) {}
+      : Split(length, inner, outer_stride, inner_stride, inner) {}
   __device__ Offset operator()(int i) const {
-    if (i >= length) return -1;
-    int outer = inner.quotient(i);
-    return outer * outer_stride + inner.remainder(i, outer) * inner_stride;
+    int o = inner.quotient(i), j = inner.remainder(i, o);
+    return i < length && j < inner_length ? o * outer_stride + j * inner_stride : -1;
   }
 };
 
@@ -68,6 +74,23 @@ template <class T, class Rows, class Columns>
 __device__ Matrix<T, Rows, Columns> make_matrix(const T* p, Rows rows, Columns columns) {
   return {p, rows, columns};
 }
+
+// A source with rows and columns exchanged.
+template <class Source>
+struct Turned {
+  typedef typename Source::Element Element;
+  typedef typename Source::Column Row;
+  typedef typename Source::Row Column;
+  Source source;
+  const Element* p;
+  __device__ explicit Turned(const Source& source) : source(source), p(source.p) {}
+  __device__ int rows() const { return source.columns(); }
+  __device__ Row row(int i) const { return source.column(i); }
+  __device__ Column column(int k) const { return source.row(k); }
+  __device__ const Element* at(const Row& row, const Column& column) const {
+    return source.at(column, row);
+  }
+};
 
 // Tiles -------------------------------------------------------------------------------------------
 

@@ -180,3 +180,268 @@ def linear_s8(x: Any, w: Any, x_scale: Any, w_scale: Any, bias: Any | None = Non
             shared_mem=shared_bytes(128, 1),
         )  # fmt: skip
     return y
+
+
+# Convolution ------------------------------------------------------------------------------
+
+Pair = tuple[int, int]
+
+
+def geometry(
+    x_shape: Any, w_shape: Any, y_shape: Any, stride: Pair, padding: Pair, dilation: Pair,
+    groups: int,
+) -> tuple[np.int32, ...]:  # fmt: skip
+    """conv.cu's GEOMETRY."""
+    n, c, h, w = x_shape
+    o, _, r, s = w_shape
+    numbers = (n, c // groups, h, w, o // groups, r, s, *y_shape[2:], *stride, *padding, *dilation)
+    return tuple(map(i32, numbers))
+
+
+def out_shape(x: Any, w: Any, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, ...]:
+    size = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return (x.shape[0], w.shape[0], *size)
+
+
+def contiguous(*arrays: Any) -> list[Any]:
+    return [backend.array_module(x).ascontiguousarray(x) for x in arrays]
+
+
+def conv2d(
+    x: Any, w: Any, *, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1),
+    groups: int = 1, bias: Any | None = None,
+) -> Any:  # fmt: skip
+    """The op `conv2d` in float32, and if given + bias (O,)."""
+    x, w = contiguous(x, w)
+    y = backend.array_module(x).empty(out_shape(x, w, stride, padding, dilation), np.float32)
+    if y.size == 0:
+        return y
+    check_size(x, w, y)
+    m, n = w.shape[0] // groups, y.shape[0] * y.shape[2] * y.shape[3]
+    size, tile, threads = float_tile(m, n, groups)
+    function("conv.cu", f"conv2d_f32_{size}", y)(
+        (tiles(n, tile), tiles(m, tile), groups), (threads,),
+        (*geometry(x.shape, w.shape, y.shape, stride, padding, dilation, groups),
+         x, w, null if bias is None else bias, y),
+        shared_mem=shared_bytes(tile, 4),
+    )  # fmt: skip
+    return y
+
+
+def conv2d_input(
+    y: Any, w: Any, *, input_size: Pair, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1,
+) -> Any:  # fmt: skip
+    """The op `conv2d_input` in float32."""
+    y, w = contiguous(y, w)
+    channels = w.shape[1] * groups
+    x = backend.array_module(y).empty((y.shape[0], channels, *input_size), np.float32)
+    if x.size == 0:
+        return x
+    check_size(x, w, y)
+    m, n = w.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
+    size, tile, threads = float_tile(m, n, groups)
+    function("conv.cu", f"conv2d_input_f32_{size}", x)(
+        (tiles(n, tile), tiles(m, tile), groups), (threads,),
+        (*geometry(x.shape, w.shape, y.shape, stride, padding, dilation, groups), y, w, x),
+        shared_mem=shared_bytes(tile, 4),
+    )  # fmt: skip
+    return x
+
+
+def conv2d_weight(
+    y: Any, x: Any, *, kernel_size: Pair, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1,
+) -> Any:  # fmt: skip
+    """The op `conv2d_weight` in float32."""
+    y, x = contiguous(y, x)
+    shape = (y.shape[1], x.shape[1] // groups, *kernel_size)
+    pixels = y.shape[0] * y.shape[2] * y.shape[3]
+    if math.prod(shape) == 0 or pixels == 0:
+        return backend.array_module(x).zeros(shape, np.float32)
+    check_size(x, y)
+    m, n = shape[0] // groups, math.prod(shape[1:])
+    size, tile, threads = float_tile(m, n, groups)
+    blocks = tiles(n, tile) * tiles(m, tile) * groups
+
+    def launch(splits: int, part: int, w: Any) -> None:
+        function("conv.cu", f"conv2d_weight_f32_{size}", w)(
+            (tiles(n, tile), tiles(m, tile), groups * splits), (threads,),
+            (*geometry(x.shape, shape, y.shape, stride, padding, dilation, groups),
+             i32(splits), i32(part), y, x, w),
+            shared_mem=shared_bytes(tile, 4),
+        )  # fmt: skip
+
+    return in_parts(launch, shape, pixels, blocks, x)
+
+
+def in_parts(
+    launch: Callable[[int, int, Any], None], shape: tuple[int, ...], length: int, blocks: int,
+    like: Any,
+) -> Any:  # fmt: skip
+    """A sum over `length` pixels, cut into parts if `blocks` alone would not keep the GPU busy.
+
+    How it is cut depends on the shape alone, so the bits are the same every time.
+    """
+    xp = backend.array_module(like)
+    # A part is a multiple of 32, a slab of k, and at least 8 of them: shorter ones do not pay.
+    splits = max(1, min(4 * BUSY // blocks, length // 256))
+    part = tiles(tiles(length, splits), 32) * 32
+    splits = tiles(length, part)
+    w = xp.empty(shape, np.float32)
+    if splits == 1:
+        launch(1, part, w)
+        return w
+    parts = xp.empty((splits, *shape), np.float32)
+    launch(splits, part, parts)
+    function("reduce.cu", "sum_parts", w)(
+        (tiles(w.size, 256),), (256,), (i32(splits), i32(w.size), parts, w)
+    )
+    return w
+
+
+def channels_last(x: Any, groups: int, dtype: Any, scale: Any | None = None) -> Any:
+    """float32 (N, C, H, W) -> (N, H, W, groups, C / groups padded), float16 or int8.
+
+    Args:
+        scale: for int8: float32, (1,) or one for each image, (N,).
+    """
+    n, c, h, w = x.shape
+    vector = 16 // np.dtype(dtype).itemsize
+    padded = tiles(c // groups, vector) * vector
+    (x,) = contiguous(x)
+    y = backend.array_module(x).empty((n, h, w, groups, padded), dtype)
+    grid = tiles(h * w, 32), tiles(padded, 32), n * groups
+    sizes = i32(groups), i32(c // groups), i32(h * w), i32(padded)
+    if scale is None:
+        function("quantize.cu", "channels_last_f16", y)(grid, (32, 8), (*sizes, x, y))
+    else:
+        function("quantize.cu", "channels_last_s8", y)(
+            grid, (32, 8), (*sizes, x, scale, i32(scale.size), y)
+        )
+    return y
+
+
+def conv2d_f16(
+    x: Any, w: Any, *, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1),
+    groups: int = 1, bias: Any | None = None,
+) -> Any:  # fmt: skip
+    """conv2d of float32 arrays rounded to float16, on the tensor cores, with float32 sums."""
+    y = backend.array_module(x).empty(out_shape(x, w, stride, padding, dilation), np.float32)
+    if y.size:
+        check_size(x, w, y)
+        m, n = w.shape[0] // groups, y.shape[0] * y.shape[2] * y.shape[3]
+        function("conv.cu", "conv2d_f16", y)(
+            (tiles(n, 128), tiles(m, 128), groups), (128,),
+            (*geometry(x.shape, w.shape, y.shape, stride, padding, dilation, groups),
+             channels_last(x, groups, np.float16), channels_last(w, 1, np.float16),
+             null if bias is None else bias, y),
+            shared_mem=shared_bytes(128, 2),
+        )  # fmt: skip
+    return y
+
+
+def conv2d_input_f16(
+    y: Any, w: Any, *, input_size: Pair, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1,
+) -> Any:  # fmt: skip
+    """conv2d_input of float32 arrays rounded to float16, on the tensor cores."""
+    x_shape = (y.shape[0], w.shape[1] * groups, *input_size)
+    x = backend.array_module(y).empty(x_shape, np.float32)
+    if x.size:
+        check_size(x, w, y)
+        m, n = w.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
+        function("conv.cu", "conv2d_input_f16", x)(
+            (tiles(n, 128), tiles(m, 128), groups), (128,),
+            (*geometry(x.shape, w.shape, y.shape, stride, padding, dilation, groups),
+             channels_last(y, groups, np.float16), channels_last(w, 1, np.float16), x),
+            shared_mem=shared_bytes(128, 2, a_along_k=False),
+        )  # fmt: skip
+    return x
+
+
+def conv2d_weight_f16(
+    y: Any, x: Any, *, kernel_size: Pair, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1,
+) -> Any:  # fmt: skip
+    """conv2d_weight of float32 arrays rounded to float16, on the tensor cores."""
+    shape = (y.shape[1], x.shape[1] // groups, *kernel_size)
+    pixels = y.shape[0] * y.shape[2] * y.shape[3]
+    if math.prod(shape) == 0 or pixels == 0:
+        return backend.array_module(x).zeros(shape, np.float32)
+    check_size(x, y)
+    y_half, x_half = channels_last(y, groups, np.float16), channels_last(x, groups, np.float16)
+    m, n = shape[0] // groups, math.prod(kernel_size) * x_half.shape[-1]
+
+    def launch(splits: int, part: int, w: Any) -> None:
+        function("conv.cu", "conv2d_weight_f16", w)(
+            (tiles(n, 128), tiles(m, 128), groups * splits), (128,),
+            (*geometry(x.shape, shape, y.shape, stride, padding, dilation, groups),
+             i32(splits), i32(part), y_half, x_half, w),
+            shared_mem=shared_bytes(128, 2, False, False),
+        )  # fmt: skip
+
+    return in_parts(launch, shape, pixels, tiles(n, 128) * tiles(m, 128) * groups, x)
+
+
+def conv2d_s8(
+    x: Any, w: Any, x_scale: Any, w_scale: Any, *, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1, bias: Any | None = None,
+) -> Any:  # fmt: skip
+    """conv2d of float32 arrays rounded to int8 with these scales, (1,) and (O,); float32."""
+    y = backend.array_module(x).empty(out_shape(x, w, stride, padding, dilation), np.float32)
+    if y.size:
+        check_size(x, w, y)
+        m, n = w.shape[0] // groups, y.shape[0] * y.shape[2] * y.shape[3]
+        function("conv.cu", "conv2d_s8", y)(
+            (tiles(n, 128), tiles(m, 128), groups), (128,),
+            (*geometry(x.shape, w.shape, y.shape, stride, padding, dilation, groups),
+             channels_last(x, groups, np.int8, x_scale), channels_last(w, 1, np.int8, w_scale),
+             x_scale, w_scale, null if bias is None else bias, y),
+            shared_mem=shared_bytes(128, 1),
+        )  # fmt: skip
+    return y
+
+
+# Quantization -----------------------------------------------------------------------------
+
+
+def absmax(x: Any) -> Any:
+    """max |x| of each row: float32 (rows, columns) -> (rows,)."""
+    (x,) = contiguous(x)
+    largest = backend.array_module(x).empty(x.shape[0], np.float32)
+    if largest.size:
+        function("quantize.cu", "absmax", x)(
+            (x.shape[0],), (256,), (i32(x.shape[0]), i32(x.shape[1]), x, largest)
+        )
+    return largest
+
+
+def quantize_s8(x: Any, scale: Any) -> Any:
+    """round(x / scale) to int8, float32 (rows, columns), scale (rows,) or (1,).
+
+    Its rows begin at multiples of 16 bytes: it is a view of an array with zeros behind each row.
+    """
+    return padded_rows("quantize_s8", x, np.int8, (scale, i32(scale.size)))
+
+
+def to_f16(x: Any) -> Any:
+    """float32 (rows, columns) -> float16, with rows that begin at multiples of 16 bytes."""
+    return padded_rows("to_f16", x, np.float16, ())
+
+
+def padded_rows(kernel: str, x: Any, dtype: Any, more: tuple[Any, ...]) -> Any:
+    (x,) = contiguous(x)
+    rows, columns = x.shape
+    vector = 16 // np.dtype(dtype).itemsize
+    pitch = tiles(columns, vector) * vector
+    y = backend.array_module(x).empty((rows, pitch), dtype)
+    if y.size:
+        function("quantize.cu", kernel, x)(
+            (tiles(pitch, 256), min(rows, 65535)), (256,),
+            (i32(rows), i32(columns), i32(pitch), x, *more, y),
+        )  # fmt: skip
+    return y[:, :columns]
