@@ -445,3 +445,326 @@ def padded_rows(kernel: str, x: Any, dtype: Any, more: tuple[Any, ...]) -> Any:
             (i32(rows), i32(columns), i32(pitch), x, *more, y),
         )  # fmt: skip
     return y[:, :columns]
+
+
+# Element by element -----------------------------------------------------------------------
+
+ACTIVATIONS = ("linear", "relu", "tanh", "sigmoid")  # as elementwise.cu numbers them
+
+
+def over(length: int) -> tuple[tuple[int], tuple[int]]:
+    """Grid and block for so many numbers, one a thread up to a GPU full."""
+    return (max(1, min(tiles(length, 256), 32 * 132)),), (256,)
+
+
+def elementwise(name: str, like: Any, length: int, *args: Any) -> None:
+    """Launch a kernel of elementwise.cu whose first argument is the number of elements."""
+    function("elementwise.cu", name, like)(*over(length), (i64(length), *args))
+
+
+def bias_activation(x: Any, bias: Any, activation: str = "relu") -> Any:
+    """f(x + bias), x (N, C, ...), bias (C,)."""
+    (x,) = contiguous(x)
+    y = backend.array_module(x).empty_like(x)
+    channels, area = i32(x.shape[1]), i32(math.prod(x.shape[2:]))
+    kind = i32(ACTIVATIONS.index(activation))
+    if y.size:
+        elementwise("bias_activation", x, x.size, channels, area, kind, x, bias, y)
+    return y
+
+
+def activation_gradient(g: Any, y: Any, activation: str = "relu") -> Any:
+    """g · f'(x), from y = f(x)."""
+    g, y = contiguous(g, y)
+    dx = backend.array_module(y).empty_like(y)
+    if dx.size:
+        kind = i32(ACTIVATIONS.index(activation))
+        elementwise("activation_gradient", y, y.size, kind, g, y, dx)
+    return dx
+
+
+def sets(shape: tuple[int, ...], dim: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """(outer, sets, inner) of elementwise.cu for statistics along `dim`, or None: the dimensions
+    that are kept must lie side by side."""
+    along = {d % len(shape) for d in dim}
+    kept = [d for d in range(len(shape)) if d not in along]
+    if not kept:
+        return 1, 1, math.prod(shape)
+    if kept != list(range(kept[0], kept[-1] + 1)):
+        return None
+    first, last = kept[0], kept[-1] + 1
+    return math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
+
+
+def parameter_index(x_shape: Any, dim: tuple[int, ...], parameters: list[Any]) -> int | None:
+    """0: weight and bias have an entry a set; 1: one an inner index; None: neither."""
+    if sets(x_shape, dim) is None:
+        return None
+    ndim = len(x_shape)
+    along = {d % ndim for d in dim}
+    by_set = tuple(1 if d in along else n for d, n in enumerate(x_shape))
+    by_inner = tuple(n if d in along else 1 for d, n in enumerate(x_shape))
+    shapes = {(1,) * (ndim - p.ndim) + p.shape for p in parameters}
+    if shapes <= {by_set}:
+        return 0
+    return 1 if shapes == {by_inner} and 0 not in along else None
+
+
+def can_standardize(x: Any, weight: Any, bias: Any, dim: tuple[int, ...]) -> bool:
+    """Whether `standardize` has a kernel for these shapes: batch, layer, group, instance norm."""
+    given = [p for p in (weight, bias) if p is not None]
+    return parameter_index(x.shape, dim, given) is not None
+
+
+def standardize(x: Any, weight: Any, bias: Any, *, dim: tuple[int, ...], eps: float = 1e-5) -> Any:
+    """The op `standardize` in float32, where `can_standardize` says so."""
+    (x,) = contiguous(x)
+    y = backend.array_module(x).empty_like(x)
+    given = contiguous(*(p for p in (weight, bias) if p is not None))
+    by_inner, layout = parameter_index(x.shape, dim, given), sets(x.shape, dim)
+    assert by_inner is not None and layout is not None
+    weight, bias = (null if p is None else contiguous(p)[0] for p in (weight, bias))
+    if y.size:
+        function("elementwise.cu", "standardize", x)(
+            (layout[1],), (512,), (*map(i32, layout), f32(eps), i32(by_inner), x, weight, bias, y)
+        )
+    return y
+
+
+def standardize_gradient(
+    g: Any, x: Any, weight: Any, *, dim: tuple[int, ...], eps: float = 1e-5
+) -> tuple[Any, Any, Any]:
+    """dx, and with an entry of weight for each set dweight and dbias, (sets,); else None."""
+    g, x = contiguous(g, x)
+    xp = backend.array_module(x)
+    given = contiguous(*(p for p in (weight,) if p is not None))
+    by_inner, layout = parameter_index(x.shape, dim, given), sets(x.shape, dim)
+    assert by_inner is not None and layout is not None
+    dx = xp.empty_like(x)
+    dweight, dbias = (None if by_inner else xp.empty(layout[1], np.float32) for _ in range(2))
+    if x.size:
+        function("elementwise.cu", "standardize_gradient", x)(
+            (layout[1],), (512,),
+            (*map(i32, layout), f32(eps), i32(by_inner), g, x, given[0] if given else null, dx,
+             null if dweight is None else dweight, null if dbias is None else dbias),
+        )  # fmt: skip
+    return dx, dweight, dbias
+
+
+def key_arguments(key: Any) -> tuple[np.uint64, np.uint64, np.uint64]:
+    low = 2**64 - 1
+    return np.uint64(key.seed & low), np.uint64(key.seed >> 64), np.uint64(key.call)
+
+
+def uniform(key: Any, size: int, like: Any) -> Any:
+    """`minidl.backend.random.uniform` on the device of the array `like`: the same bits."""
+    y = backend.array_module(like).empty(size, np.float32)
+    if size:
+        function("elementwise.cu", "uniform", y)(
+            *over(tiles(size, 8)), (i64(size), *key_arguments(key), y)
+        )
+    return y
+
+
+def dropout(x: Any, *, p: float, key: Any) -> Any:
+    """The op `dropout` in float32, with a mask of x's shape."""
+    (x,) = contiguous(x)
+    y = backend.array_module(x).empty_like(x)
+    scale = 1 / (1 - p) if p < 1 else 1.0
+    if x.size:
+        function("elementwise.cu", "dropout", x)(
+            *over(tiles(x.size, 8)),
+            (i64(x.size), *key_arguments(key), f32(p), f32(scale), x, y),
+        )
+    return y
+
+
+def sgd(
+    p: Any, g: Any, velocity: Any, *, lr: float, momentum: float = 0.0, dampening: float = 0.0,
+    weight_decay: float = 0.0, nesterov: bool = False, first: bool = False,
+) -> None:  # fmt: skip
+    """A step of `minidl.optim.SGD` in place, over flat float32 arrays."""
+    floats = map(f32, (lr, momentum, dampening, weight_decay))
+    elementwise("sgd", p, p.size, *floats, i32(nesterov), i32(first), g, p, velocity)
+
+
+def adam(
+    p: Any, g: Any, m: Any, v: Any, *, step: int, lr: float, betas: tuple[float, float],
+    eps: float, weight_decay: float = 0.0, decoupled: bool = False,
+) -> None:  # fmt: skip
+    """Step number `step` (from 1) of `minidl.optim.Adam` (or AdamW) in place, over flat arrays."""
+    corrections = f32(1 - betas[0] ** step), f32(math.sqrt(1 - betas[1] ** step))
+    floats = map(f32, (lr, *betas, eps, weight_decay))
+    elementwise("adam", p, p.size, *floats, i32(decoupled), *corrections, g, p, m, v)
+
+
+def warp_affine(x: Any, matrix: Any, size: Pair | None = None, fill: float = 0.0) -> Any:
+    """Images (N, C, H, W), seen through maps (N, 2, 3) from pixels of the result to pixels of x."""
+    x, matrix = contiguous(x, matrix)
+    out_size = size or x.shape[2:]
+    y = backend.array_module(x).empty((*x.shape[:2], *out_size), np.float32)
+    if y.size:
+        function("elementwise.cu", "warp_affine", x)(
+            *over(x.shape[0] * math.prod(out_size)),
+            (*map(i32, (*x.shape, *out_size)), f32(fill), x, matrix, y),
+        )
+    return y
+
+
+# Sums and softmax -------------------------------------------------------------------------
+
+
+def by_rows(name: str, x: Any, *more: Any) -> Any:
+    """A kernel of reduce.cu over the rows of x (rows, columns)."""
+    y = backend.array_module(x).empty_like(x)
+    if x.size:
+        arguments = (i32(x.shape[0]), i32(x.shape[1]), x, *more, y)
+        function("reduce.cu", name, x)((tiles(x.shape[0], 8),), (256,), arguments)
+    return y
+
+
+def along(name: str, dim: int, *arrays: Any) -> Any:
+    """The same along any dimension."""
+    xp = backend.array_module(arrays[0])
+    rows = contiguous(*(xp.moveaxis(x, dim, -1) for x in arrays))
+    shape = rows[0].shape
+    y = by_rows(name, *(x.reshape(-1, shape[-1]) for x in rows)).reshape(shape)
+    return xp.ascontiguousarray(xp.moveaxis(y, -1, dim))
+
+
+def softmax(x: Any, *, dim: int) -> Any:
+    """The op `softmax` in float32."""
+    return along("softmax", dim, x)
+
+
+def log_softmax(x: Any, *, dim: int) -> Any:
+    """The op `log_softmax` in float32."""
+    return along("log_softmax", dim, x)
+
+
+def softmax_gradient(g: Any, out: Any, *, dim: int) -> Any:
+    return along("softmax_gradient", dim, g, out)
+
+
+def log_softmax_gradient(g: Any, out: Any, *, dim: int) -> Any:
+    return along("log_softmax_gradient", dim, g, out)
+
+
+def sum_rows(x: Any) -> Any:
+    """float32 (rows, columns) -> (rows,)."""
+    (x,) = contiguous(x)
+    y = backend.array_module(x).zeros(x.shape[0], np.float32)
+    if x.size:
+        function("reduce.cu", "sum_rows", x)(
+            (tiles(x.shape[0], 8),), (256,), (i32(x.shape[0]), i32(x.shape[1]), x, y)
+        )
+    return y
+
+
+# Recurrent layers -------------------------------------------------------------------------
+
+
+def project(x: Any, w: Any, *biases: Any) -> Any:
+    """x wᵀ + b for all steps: (T,N,D), (K,D) -> (T,N,K)."""
+    y = matmul(x.reshape(-1, x.shape[2]), w.T)
+    for b in biases:
+        if b is not None:
+            y += b
+    return y.reshape(*x.shape[:2], w.shape[0])
+
+
+def before(first: Any, states: Any) -> Any:
+    """The state that each step starts from."""
+    return backend.array_module(first).concatenate((first[None], states[:-1]))
+
+
+def step_arguments(states: Any, lengths: Any, t: int) -> tuple[Any, ...]:
+    n, h = states.shape
+    return i32(n), i32(h), i32(t), null if lengths is None else lengths
+
+
+def lstm(x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, lengths: Any) -> Any:
+    """The op `lstm` in float32; lengths int64 or None."""
+    a = project(x, w_ih, b_ih, b_hh)
+    h, c = contiguous(h0, c0)
+    states = backend.array_module(x).empty((2, *a.shape[:2], h.shape[1]), np.float32)
+    step = function("rnn.cu", "lstm_forward", x)
+    for t in range(len(a) if states.size else 0):
+        gates = matmul(h, w_hh.T)
+        arguments = (*step_arguments(h, lengths, t), a[t], gates, h, c, states[0, t], states[1, t])
+        step(*over_all(h.size), arguments)
+        h, c = states[0, t], states[1, t]
+    return states
+
+
+def over_all(length: int) -> tuple[tuple[int], tuple[int]]:
+    return (tiles(length, 256),), (256,)
+
+
+def lstm_gradient(
+    g: Any, out: Any, x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any,
+    lengths: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The gradient rule of `lstm`."""
+    xp = backend.array_module(x)
+    g, out, h0, c0 = contiguous(g, out, h0, c0)
+    h_before, c_before = before(h0, out[0]), before(c0, out[1])
+    a = project(x, w_ih, b_ih, b_hh) + project(h_before, w_hh)
+    da, dh, dc = xp.empty_like(a), xp.zeros_like(h0), xp.zeros_like(c0)
+    step = function("rnn.cu", "lstm_backward", x)
+    for t in reversed(range(len(a) if a.size else 0)):
+        step(
+            *over_all(dh.size),
+            (*step_arguments(dh, lengths, t), a[t], c_before[t], out[1, t], g[0, t], g[1, t])
+            + (dh, dc, da[t]),
+        )
+        dh += matmul(da[t], w_hh)
+    return recurrent_gradients(x, h_before, w_ih, da, da, [dh, dc])
+
+
+def gru(x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, lengths: Any) -> Any:
+    """The op `gru` in float32; lengths int64 or None."""
+    a = project(x, w_ih, b_ih)
+    (h,) = contiguous(h0)
+    states = backend.array_module(x).empty((*a.shape[:2], h.shape[1]), np.float32)
+    step = function("rnn.cu", "gru_forward", x)
+    for t in range(len(a) if states.size else 0):
+        b = project(h[None], w_hh, b_hh)
+        step(*over_all(h.size), (*step_arguments(h, lengths, t), a[t], b, h, states[t]))
+        h = states[t]
+    return states
+
+
+def gru_gradient(
+    g: Any, out: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, lengths: Any
+) -> tuple[Any, ...]:
+    """The gradient rule of `gru`."""
+    xp = backend.array_module(x)
+    g, out, h0 = contiguous(g, out, h0)
+    h_before = before(h0, out)
+    a, b = project(x, w_ih, b_ih), project(h_before, w_hh, b_hh)
+    da, db, dh = xp.empty_like(a), xp.empty_like(b), xp.zeros_like(h0)
+    step = function("rnn.cu", "gru_backward", x)
+    for t in reversed(range(len(a) if a.size else 0)):
+        step(
+            *over_all(dh.size),
+            (*step_arguments(dh, lengths, t), a[t], b[t], h_before[t], g[t], dh, da[t], db[t]),
+        )
+        dh += matmul(db[t], w_hh)
+    return recurrent_gradients(x, h_before, w_ih, da, db, [dh])
+
+
+def recurrent_gradients(
+    x: Any, h_before: Any, w_ih: Any, da: Any, db: Any, states: list[Any]
+) -> tuple[Any, ...]:
+    """What a rule returns, from the gradients of the inputs' and the states' share of the gates."""
+    xs, hs, das, dbs = (z.reshape(-1, z.shape[2]) for z in (x, h_before, da, db))
+    return (
+        lambda: matmul(das, w_ih).reshape(x.shape),
+        *states,
+        lambda: matmul(das.T, xs),
+        lambda: matmul(dbs.T, hs),
+        lambda: das.sum(axis=0),
+        lambda: dbs.sum(axis=0),
+        None,
+    )
