@@ -21,11 +21,13 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -138,6 +140,7 @@ struct Thread {
   Gate* gate;     // that it waits at, or null
   unsigned seen;  // gate->opened when it came there
   bool done;
+  int quiet;                   // how many functions of this machinery it is inside of
   std::vector<Copy> copies;    // issued and not waited for
   std::vector<size_t> groups;  // committed: where each ends in `copies`
   TSAN(void* fiber;)
@@ -160,6 +163,7 @@ struct Machine {  // runs one block after another
   unsigned char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
   Thread* running = nullptr;
+  bool inside = false;  // whether a thread runs now, and not the scheduler
   Launch launch;
   std::string error;
   uint64_t random = 1;
@@ -169,29 +173,31 @@ struct Machine {  // runs one block after another
 inline Machine machine;
 inline unsigned seed = 1;  // of the order of threads and blocks; 0: as they are numbered
 
-// Whoever watches (watch.h) is told what the machine does.
+inline Thread& self() { return *machine.running; }
+
+// What watch.h is told, where it watches.
 #ifdef CUDA_ON_CPU_WATCH
 #define WATCH(...) __VA_ARGS__
 void watch_block();
 void watch_barrier(const char* what, Here here);
 void watch_warp_barrier(int warp);
 void watch_copy(const Copy& copy);
+void watch_matrix_row(const void* row, Here here);
 #else
 #define WATCH(...)
 #endif
 
-struct Quiet {  // this machinery is not what ThreadSanitizer is to look at
-  TSAN(Quiet() {
-    AnnotateIgnoreReadsBegin("", 0);
-    AnnotateIgnoreWritesBegin("", 0);
-  })
-  TSAN(~Quiet() {
-    AnnotateIgnoreWritesEnd("", 0);
-    AnnotateIgnoreReadsEnd("", 0);
-  })
+struct Quiet {  // while this lives, nobody is to look at what this machinery does in a thread
+  Quiet() {
+    TSAN(AnnotateIgnoreReadsBegin("", 0); AnnotateIgnoreWritesBegin("", 0);)
+    WATCH(++self().quiet;)
+  }
+  ~Quiet() {
+    TSAN(AnnotateIgnoreWritesEnd("", 0); AnnotateIgnoreReadsEnd("", 0);)
+    WATCH(--self().quiet;)
+  }
 };
 
-inline Thread& self() { return *machine.running; }
 inline int lane() { return self().rank % warp_size; }
 
 inline void yield() {
@@ -206,7 +212,9 @@ inline void resume(Thread& thread) {
   threadIdx = thread.index;
   TSAN(__tsan_switch_to_fiber(thread.fiber, 1);)
   ASAN(__sanitizer_start_switch_fiber(&machine.fake_stack, thread.stack, stack_bytes);)
+  machine.inside = true;
   switch_context(machine.scheduler, thread.context);
+  machine.inside = false;
   ASAN(__sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr);)
 }
 
@@ -333,7 +341,7 @@ __attribute__((no_sanitize("address", "thread"))) inline void fill_with_nan(vola
 }
 
 inline void run_block(uint3 index) {
-  [[maybe_unused]] Quiet quiet;
+  TSAN(Quiet quiet;)
   blockIdx = index;
   fill_with_nan(__start_shared_memory, __stop_shared_memory);
   fill_with_nan(reinterpret_cast<char*>(machine.dynamic),
@@ -342,6 +350,7 @@ inline void run_block(uint3 index) {
   std::vector<Thread*> waiting;
   for (Thread& thread : machine.threads) {
     thread.done = false;
+    thread.quiet = 0;
     thread.gate = nullptr;
     thread.copies.clear();
     thread.groups.clear();
@@ -371,6 +380,7 @@ inline void run_block(uint3 index) {
     waiting.resize(left);
   }
   TSAN(__tsan_acquire(&machine.join);)
+  WATCH(watch_barrier("the end", Here("", 0));)
 }
 
 inline const char* run_grid(const unsigned* grid, const unsigned* block, size_t dynamic_bytes,
@@ -448,7 +458,11 @@ const char* signature(void (*)(P...)) {
 template <class... P, size_t... I>
 Launch with_arguments(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
   auto call = [](void* kernel, [[maybe_unused]] void** arguments) {
-    reinterpret_cast<void (*)(P...)>(kernel)(*static_cast<P*>(arguments[I])...);
+    auto values = [&] {
+      Quiet quiet;
+      return std::tuple<P...>(*static_cast<P*>(arguments[I])...);
+    }();
+    std::apply(reinterpret_cast<void (*)(P...)>(kernel), values);
   };
   return {call, reinterpret_cast<void*>(kernel), arguments};
 }
@@ -556,3 +570,7 @@ T min(T a, T b) {
   return a < b ? a : b;
 }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+#ifdef CUDA_ON_CPU_WATCH
+#include "watch.h"
+#endif

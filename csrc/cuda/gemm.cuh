@@ -122,15 +122,18 @@ struct FloatTile {
 
 // A slab of 64 bytes of k, 32 halves or 64 int8, copied 16 bytes at a time: what is contiguous in
 // the source must begin at a multiple of 16 bytes (its end may be ragged). The tile has i along its
-// rows or k, as the source; ldmatrix transposes on the way to the registers. A row is 16 bytes
-// longer than its contents, so that the 8 rows that ldmatrix reads at a time lie in all 32 banks.
+// rows or k, as the source; ldmatrix transposes on the way to the registers. ldmatrix reads 16
+// bytes of 8 rows at a time, and these must lie in all 32 banks: rows along i are 16 bytes longer
+// than their contents, and in rows along k, of 64 bytes, the four vectors change places from row to
+// row.
 template <class Source, int size, int threads, bool along_k>
 struct VectorTile {
   typedef typename Source::Element T;
   static constexpr int vector = 16 / sizeof(T), slab = 64 / sizeof(T);
   static constexpr int copies = size * 4 / threads;
   static constexpr int per_row = along_k ? 4 : size / vector;  // copies in a row of the tile
-  static constexpr int pitch = per_row * 16 + 16, bytes = (along_k ? size : slab) * pitch;
+  static constexpr int pitch = along_k ? 64 : per_row * 16 + 16;
+  static constexpr int bytes = (along_k ? size : slab) * pitch;
   static_assert(along_k || sizeof(T) == 2, "ldmatrix transposes 16-bit words only");
 
   Source source;
@@ -143,6 +146,10 @@ struct VectorTile {
     for (int c = 0; c < (along_k ? copies : 1); ++c)
       rows[c] = source.row(along_k ? first + down(c) : first + across * vector);
   }
+  // Where vector `x` of row `r` of the tile is.
+  __device__ static int place(int r, int x) {
+    return r * pitch + (along_k ? x ^ r / 2 % 4 : x) * 16;
+  }
   __device__ static int down(int copy) { return (threadIdx.x + copy * threads) / per_row; }
 
   __device__ void load(unsigned char* tile, int first_k, int end_k) const {
@@ -152,7 +159,7 @@ struct VectorTile {
       bool inside = k < end_k;
       int left = along_k ? end_k - k : source.rows() - (first + across * vector);
       const T* from = inside ? source.at(rows[along_k ? c : 0], source.column(k)) : nullptr;
-      copy_async<16>(tile + down(c) * pitch + across * 16, from ? from : source.p,
+      copy_async<16>(tile + place(down(c), across), from ? from : source.p,
                      from ? min(left, vector) * int(sizeof(T)) : 0);
     }
   }
@@ -161,13 +168,13 @@ struct VectorTile {
   // (first 8 i, first 16 bytes), (last, first), (first, last), (last, last); for B, k goes faster.
   __device__ static void fragments(u32 (&f)[4], const unsigned char* tile, int i, int k,
                                    bool is_b) {
-    int lane = threadIdx.x % 32, fast = lane / 8 % 2 * 8, slow = lane / 16 * 8;
-    int along = is_b ? fast : slow;  // in words of 16 bits
-    i += is_b ? slow : fast;
+    int lane = threadIdx.x % 32, fast = lane / 8 % 2, slow = lane / 16;
+    int half_k = is_b ? fast : slow;
+    i += (is_b ? slow : fast) * 8;
     if (along_k)
-      load_matrices(f, tile + (i + lane % 8) * pitch + k + along * 2);
+      load_matrices(f, tile + place(i + lane % 8, k / 16 + half_k));
     else
-      load_matrices_transposed(f, tile + (k / 2 + along + lane % 8) * pitch + i * 2);
+      load_matrices_transposed(f, tile + place(k / 2 + half_k * 8 + lane % 8, i / 8));
   }
 };
 

@@ -44,13 +44,14 @@ void multiply(Sum (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, Here here) {
 // the one beside it; of the transposed matrix, (2 (l % 4), l / 4) and the one below it.
 inline void load_rows(u32 (&r)[4], const void* row, bool transposed, Here here) {
   struct Rows {
-    const void* address;
     uint16_t in[8], out[8];
   } mine;
   if (reinterpret_cast<uintptr_t>(row) % 16)
     fail("ldmatrix at " + here.text() + ": the address is not a multiple of 16");
-  mine.address = row;
-  for (int i = 0; i < 8; ++i) mine.in[i] = static_cast<const uint16_t*>(row)[i];
+  {
+    WATCH(Quiet quiet; watch_matrix_row(row, here);)
+    for (int i = 0; i < 8; ++i) mine.in[i] = static_cast<const uint16_t*>(row)[i];
+  }
   meet_warp(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", here, mine, [&](Rows** lanes) {
     for (int lane = 0; lane < 32; ++lane)
       for (int matrix = 0; matrix < 4; ++matrix)
@@ -111,6 +112,7 @@ inline void copy_commit() {
 
 template <int pending>
 void copy_wait() {
+  WATCH(cuda_on_cpu::Quiet quiet;)
   auto& copies = cuda_on_cpu::self().copies;
   auto& groups = cuda_on_cpu::self().groups;
   if (groups.size() <= pending) return;

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,7 +137,7 @@ def with_source_lines(message: str) -> str:
 BUILDS = {
     "plain": ("-O2", "-g1"),
     "debug": ("-O0", "-g3"),
-    "watch": ("-O1", "-g1", "-fsanitize=thread", "-DCUDA_ON_CPU_WATCH"),
+    "watch": ("-O1", "-g1", "-fsanitize=thread", "-fno-threadsafe-statics", "-DCUDA_ON_CPU_WATCH"),
     "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fsanitize-sections=shared_memory"),
     "thread": ("-O1", "-g1", "-fsanitize=thread"),
 }
@@ -181,6 +181,82 @@ class CpuModule:
             raise ValueError(f"no kernel is called {name!r}; there are {', '.join(self.names)}")
         return CpuKernel(self, name)
 
+    def watch(self, arrays: list[np.ndarray]) -> None:
+        """Tell a "watch" build what memory the next launch may access, and count from 0."""
+        bounds = np.array([np.lib.array_utils.byte_bounds(x) for x in arrays], np.uint64)
+        begins, ends = np.ascontiguousarray(bounds.reshape(-1, 2).T)
+        self.library.cuda_on_cpu_watch_arrays(
+            ctypes.c_int(len(arrays)), ctypes.c_void_p(begins.ctypes.data),
+            ctypes.c_void_p(ends.ctypes.data),
+        )  # fmt: skip
+
+    def report(self) -> Report:
+        """What a "watch" build counted in the last launch."""
+        function = self.library.cuda_on_cpu_report
+        function.restype = ctypes.c_char_p
+        return read_report(self.with_places(function().decode()))
+
+    def with_places(self, text: str) -> str:
+        """Put file:line where the library has an offset in itself, {1234}."""
+        offsets = sorted({int(offset) for offset in re.findall(r"{(\d+)}", text)})
+        if not offsets:
+            return text
+        command = ["addr2line", "-a", "-i", "-s", "-e", str(self.path), *map(hex, offsets)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        places = {}
+        for part in said.split("0x")[1:]:
+            address, *lines = part.split()
+            # The innermost inlined function that is a kernel's and not the machinery's.
+            kernels = [line for line in lines if re.search(r"\.cuh?:\d", line)] or lines
+            places[int(address, 16)] = kernels[0]
+        return re.sub(r"{(\d+)}", lambda match: places[int(match[1])], text)
+
+
+class Count(NamedTuple):
+    """How memory was accessed at one line: by so many warps together, in so many parts.
+
+    A part is a pass through the 32 banks of shared memory, or a sector of 32 bytes of global
+    memory; `least` is how many parts the same numbers would need at best.
+    """
+
+    requests: int
+    parts: int
+    least: int
+
+
+class Report(NamedTuple):
+    """What a "watch" build saw.
+
+    Attributes:
+        lines: by (kind, place), such as ("shared read", "gemm.cuh:190").
+        phases: of block (0, 0, 0): what ended each, and its own `lines`.
+    """
+
+    lines: dict[tuple[str, str], Count]
+    phases: list[tuple[str, dict[tuple[str, str], Count]]]
+
+    def total(self, kind: str) -> Count:
+        """Over all lines, of "shared read", "shared write", "global read" or "global write"."""
+        counts = [count for (k, _), count in self.lines.items() if k == kind]
+        return Count(*(sum(column) for column in zip(*counts))) if counts else Count(0, 0, 0)
+
+
+def read_report(text: str) -> Report:
+    lines: dict[tuple[str, str], Count] = {}
+    phases: list[tuple[str, dict[tuple[str, str], Count]]] = []
+    current = lines
+    for row in text.splitlines():
+        first, *rest = row.split("\t")
+        if first == "phase":
+            current = {}
+            phases.append((" at ".join(part for part in rest if part != ":0"), current))
+        elif first == "all":
+            current = lines
+        else:
+            before = current.get((first, rest[0]), (0, 0, 0))
+            current[first, rest[0]] = Count(*(a + int(b) for a, b in zip(before, rest[1:])))
+    return Report(lines, phases)
+
 
 class CpuKernel:
     """A kernel that runs on the CPU; called as ``cupy.RawKernel`` is."""
@@ -218,11 +294,13 @@ class CpuKernel:
                 f"max_dynamic_shared_size_bytes is {self.max_dynamic_shared_size_bytes}"
             )
         self.module.library.cuda_on_cpu_seed(ctypes.c_uint(order_seed))
+        if self.module.build == "watch":
+            self.module.watch([arg for arg in args if isinstance(arg, np.ndarray)])
         error = self._launch(
             three_numbers(grid), three_numbers(block), ctypes.c_size_t(shared_mem), pointers
         )
         if error:
-            raise RuntimeError(f"{self.name}: {error.decode()}")
+            raise RuntimeError(f"{self.name}: {self.module.with_places(error.decode())}")
 
     def box(self, i: int, arg: Any) -> np.ndarray:
         """An argument's value, in memory of its own that a pointer can point to."""
@@ -253,7 +331,7 @@ def compile_for_cpu(code: str, options: tuple[str, ...], build: str) -> Path:
     folder = source_folder()
     headers = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.h")))
     command = [
-        *compiler.split(), "-std=gnu++17", "-march=native", *BUILDS[build], *options,
+        *compiler.split(), "-std=gnu++17", "-march=native", "-gdwarf-4", *BUILDS[build], *options,
         "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-unused-function", "-I", str(folder),
         "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique",
     ]  # fmt: skip

@@ -37,7 +37,7 @@ def slab_bytes(size: int, item: int, along_k: bool) -> int:
     """Shared memory of one slab of a tile of gemm.cuh."""
     if item == 4:
         return 16 * (size + 4) * 4
-    return size * 80 if along_k else 32 * (size * 2 + 16)
+    return size * 64 if along_k else 32 * (size * 2 + 16)
 
 
 def shared_bytes(size: int, item: int, a_along_k: bool = True, b_along_k: bool = True) -> int:
