@@ -182,6 +182,32 @@ def linear_s8(x: Any, w: Any, x_scale: Any, w_scale: Any, bias: Any | None = Non
     return y
 
 
+# Of ladder.cu: what a block is, and how many rows and columns of the result it computes.
+LADDER = {
+    "naive": ((32, 32), 32),
+    "coalesced": ((32, 32), 32),
+    "shared": ((32, 32), 32),
+    "register": ((256,), 128),
+    "vector": ((256,), 128),
+    "tensor": ((128,), 64),
+}
+
+
+def ladder(rung: str, a: Any, b: Any) -> Any:
+    """(M, K) @ (K, N) by a rung of ladder.cu; "tensor" takes float16, the others float32."""
+    a, b = contiguous(a, b)
+    (m, k), n = a.shape, b.shape[1]
+    y = backend.array_module(a).empty((m, n), a.dtype)
+    if y.size:
+        check_size(a, b, y)
+        block, tile = LADDER[rung]
+        grid = tiles(n, tile), tiles(m, tile)
+        if rung == "naive":  # x counts the rows
+            grid = grid[::-1]
+        function("ladder.cu", f"matmul_{rung}", y)(grid, block, (i32(m), i32(n), i32(k), a, b, y))
+    return y
+
+
 # Convolution ------------------------------------------------------------------------------
 
 Pair = tuple[int, int]

@@ -124,6 +124,14 @@ def test_int8_products(m, n, k, order, rng):
         close(cuda.linear_s8(x, w, x_scale, w_scale, bias), wanted + bias, 1e-6)
 
 
+@pytest.mark.parametrize("rung", cuda.LADDER)
+def test_ladder(rung, order, rng):
+    dtype, tolerance = (np.float16, 1e-3) if rung == "tensor" else (np.float32, 1e-6)
+    for m, n, k in [*SIZES, (3, 2, 0)]:
+        a, b = normal(rng, m, k, dtype=dtype), normal(rng, k, n, dtype=dtype)
+        close(cuda.ladder(rung, a, b), a.astype(np.float64) @ b, tolerance)
+
+
 # Convolution ------------------------------------------------------------------------------
 
 GEOMETRIES = [  # n, c, size, o, kernel, stride, padding, dilation, groups
