@@ -181,6 +181,7 @@ inline Thread& self() { return *machine.running; }
 void watch_block();
 void watch_barrier(const char* what, Here here);
 void watch_warp_barrier(int warp);
+void watch_issue(const Copy& copy);
 void watch_copy(const Copy& copy);
 void watch_matrix_row(const void* row, Here here);
 #else
@@ -258,6 +259,7 @@ void meet(Gate& gate, int slot, int expected, const char* what, Here here, T& mi
 // same time would be reported as divergence: no kernel here does so.)
 template <class T, class Combine>
 void meet_warp(unsigned mask, const char* what, Here here, T& mine, Combine combine) {
+  [[maybe_unused]] Quiet quiet;
   int warp = self().rank / warp_size;
   int lanes = int(machine.threads.size()) - warp * warp_size;
   if (lanes < warp_size) mask &= (1u << lanes) - 1;

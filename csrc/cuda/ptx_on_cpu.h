@@ -46,10 +46,11 @@ inline void load_rows(u32 (&r)[4], const void* row, bool transposed, Here here) 
   struct Rows {
     uint16_t in[8], out[8];
   } mine;
-  if (reinterpret_cast<uintptr_t>(row) % 16)
-    fail("ldmatrix at " + here.text() + ": the address is not a multiple of 16");
   {
-    WATCH(Quiet quiet; watch_matrix_row(row, here);)
+    WATCH(Quiet quiet;)
+    if (reinterpret_cast<uintptr_t>(row) % 16)
+      fail("ldmatrix at " + here.text() + ": the address is not a multiple of 16");
+    WATCH(watch_matrix_row(row, here);)
     for (int i = 0; i < 8; ++i) mine.in[i] = static_cast<const uint16_t*>(row)[i];
   }
   meet_warp(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", here, mine, [&](Rows** lanes) {
@@ -102,6 +103,7 @@ void copy_async(void* to, const void* from, int valid, cuda_on_cpu::Here here = 
                       std::to_string(bytes) + " bytes are valid");
   cuda_on_cpu::self().copies.push_back(
       {static_cast<char*>(to), static_cast<const char*>(from), bytes, valid, here});
+  WATCH(cuda_on_cpu::watch_issue(cuda_on_cpu::self().copies.back());)
 }
 
 inline void copy_commit() {
@@ -124,6 +126,7 @@ void copy_wait() {
 }
 
 inline void expect_launch(unsigned threads, size_t dynamic_bytes) {
+  [[maybe_unused]] cuda_on_cpu::Quiet quiet;
   auto& machine = cuda_on_cpu::machine;
   if (machine.threads.size() != threads || machine.dynamic_bytes != dynamic_bytes)
     cuda_on_cpu::fail("launched with " + std::to_string(machine.threads.size()) + " threads and " +

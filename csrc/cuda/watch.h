@@ -65,6 +65,7 @@ struct Phase {  // of the first block: from one barrier to the next
 
 struct Range {
   uintptr_t begin, end;
+  uintptr_t shift = 0;  // to where a GPU's array would begin, at a multiple of 32 bytes
   bool has(uintptr_t p) const { return begin <= p && p < end; }
 };
 
@@ -204,7 +205,7 @@ inline void check_races(const Site& site, uintptr_t address, int bytes) {
   }
 }
 
-inline void note(Site& site, uintptr_t address, int bytes) {
+inline void note(Site& site, uintptr_t address, int bytes, uintptr_t shift = 0) {
   size_t warp = size_t(self().rank / warp_size);
   site.turns.resize(machine.threads.size());
   site.requests.resize(machine.warps.size());
@@ -212,7 +213,7 @@ inline void note(Site& site, uintptr_t address, int bytes) {
   std::vector<Request>& requests = site.requests[warp];
   if (requests.size() <= turn) requests.resize(turn + 1);
   requests[turn].lanes |= 1u << lane();
-  requests[turn].address[lane()] = address;
+  requests[turn].address[lane()] = address - shift;
   requests[turn].bytes[lane()] = bytes;
   check_races(site, address, bytes);
 }
@@ -226,23 +227,24 @@ inline void out_of_bounds(const std::string& place, bool write) {
        ": outside of shared memory and of every array that the kernel was given");
 }
 
-inline bool in_arrays(uintptr_t address, int bytes) {
+inline const Range* find_array(uintptr_t address, int bytes) {
   for (const Range& array : watch.arrays)
-    if (array.has(address) && array.has(address + bytes - 1)) return true;
-  return false;
+    if (array.has(address) && array.has(address + bytes - 1)) return &array;
+  return nullptr;
 }
 
 inline void look_at(uintptr_t address, int bytes, bool write, uintptr_t pc) {
   bool shared = in_shared(address);
   if (!shared && (watch.stacks.has(address) || watch.threads.has(address))) return;
-  if (shared || in_arrays(address, bytes)) {
+  const Range* array = shared ? nullptr : find_array(address, bytes);
+  if (shared || array) {
     Site& site = watch.sites[pc];
     if (site.place.empty()) {
       site.place = "{" + std::to_string(pc - watch.library.begin) + "}";  // Python finds the line
       site.shared = shared;
       site.write = write;
     }
-    note(site, address, bytes);
+    note(site, address, bytes, array ? array->shift : 0);
   } else if (!watch.library.has(address)) {
     out_of_bounds("{" + std::to_string(pc - watch.library.begin) + "}", write);
   }
@@ -265,11 +267,21 @@ inline Site& named_site(Here here, bool shared, bool write) {
   return site;
 }
 
+// It may write as soon as it is issued ...
+inline void watch_issue(const Copy& copy) {
+  auto to = reinterpret_cast<uintptr_t>(copy.to);
+  if (!in_shared(to) || !in_shared(to + copy.bytes - 1)) out_of_bounds(copy.here.text(), true);
+  check_races(named_site(copy.here, true, true), to, copy.bytes);
+}
+
+// ... and as late as it is waited for.
 inline void watch_copy(const Copy& copy) {
   auto from = reinterpret_cast<uintptr_t>(copy.from), to = reinterpret_cast<uintptr_t>(copy.to);
-  if (!in_shared(to) || !in_shared(to + copy.bytes - 1)) out_of_bounds(copy.here.text(), true);
-  if (copy.valid && !in_arrays(from, copy.valid)) out_of_bounds(copy.here.text(), false);
-  if (copy.valid) note(named_site(copy.here, false, false), from, copy.valid);
+  if (copy.valid) {
+    const Range* array = find_array(from, copy.valid);
+    if (!array) out_of_bounds(copy.here.text(), false);
+    note(named_site(copy.here, false, false), from, copy.valid, array->shift);
+  }
   note(named_site(copy.here, true, true), to, copy.bytes);
 }
 
@@ -297,12 +309,12 @@ inline void watch_block() {
 }
 
 CUDA_ON_CPU_EXPORT inline __attribute__((used)) void cuda_on_cpu_watch_arrays(
-    int count, const uint64_t* begins, const uint64_t* ends) {
+    int count, const uint64_t* begins, const uint64_t* ends, const uint64_t* origins) {
   Dl_info info;
   dladdr(reinterpret_cast<void*>(&cuda_on_cpu_watch_arrays), &info);
   watch = Watch();
   watch.library = range(info.dli_fbase, _end);
-  for (int i = 0; i < count; ++i) watch.arrays.push_back({begins[i], ends[i]});
+  for (int i = 0; i < count; ++i) watch.arrays.push_back({begins[i], ends[i], origins[i] % 32});
 }
 
 // What was counted, as lines: "phase" end, and under it (and at last, under "all") kind place

@@ -116,16 +116,14 @@ class Module:
 
 
 def with_source_lines(message: str) -> str:
-    """A compiler's message, with the line of source under each place it names."""
+    """What NVRTC says, with the line of source under each place it names. (g++ shows it itself.)"""
     lines = []
     for line in message.splitlines():
         lines.append(line)
-        place = re.match(r"(/[^():]+)(?:\((\d+)\)|:(\d+)(?::\d+)?): ?(?:fatal )?error", line)
+        place = re.match(r"(/[^():]+)\((\d+)\): (?:catastrophic )?error", line)
         if place and Path(place[1]).exists():
             source = Path(place[1]).read_text(encoding="utf-8").splitlines()
-            number = int(place[2] or place[3])
-            if 0 < number <= len(source):
-                lines.append(f"    {number} | {source[number - 1]}")
+            lines.append(f"    {place[2]} | {source[int(place[2]) - 1]}")
     return "\n".join(lines)
 
 
@@ -183,12 +181,10 @@ class CpuModule:
 
     def watch(self, arrays: list[np.ndarray]) -> None:
         """Tell a "watch" build what memory the next launch may access, and count from 0."""
-        bounds = np.array([np.lib.array_utils.byte_bounds(x) for x in arrays], np.uint64)
-        begins, ends = np.ascontiguousarray(bounds.reshape(-1, 2).T)
-        self.library.cuda_on_cpu_watch_arrays(
-            ctypes.c_int(len(arrays)), ctypes.c_void_p(begins.ctypes.data),
-            ctypes.c_void_p(ends.ctypes.data),
-        )  # fmt: skip
+        rows = [(*np.lib.array_utils.byte_bounds(x), owner(x).ctypes.data) for x in arrays]
+        columns = [np.array(column, np.uint64) for column in zip(*rows)]
+        pointers = [ctypes.c_void_p(column.ctypes.data) for column in columns]
+        self.library.cuda_on_cpu_watch_arrays(ctypes.c_int(len(rows)), *pointers)
 
     def report(self) -> Report:
         """What a "watch" build counted in the last launch."""
@@ -315,6 +311,13 @@ class CpuKernel:
         raise TypeError(f"{self.name}: argument {i} is {wanted}, got {got}")
 
 
+def owner(x: np.ndarray) -> np.ndarray:
+    """The array whose memory x is a part of."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
+
+
 def three_numbers(extent: Three) -> ctypes.Array[ctypes.c_uint]:
     return (ctypes.c_uint * 3)(*(*extent, 1, 1, 1)[:3])
 
@@ -353,7 +356,7 @@ def compile_for_cpu(code: str, options: tuple[str, ...], build: str) -> Path:
         for step in steps:
             done = subprocess.run(step, capture_output=True, text=True)
             if done.returncode:
-                raise CompileError(with_source_lines(done.stderr))
+                raise CompileError(done.stderr)
         made.rename(library)  # at once, for whoever else is making it
     return library
 
