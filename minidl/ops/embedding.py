@@ -46,12 +46,13 @@ def in_order(y: Any, indices: Any, *, rows: int) -> Any:
     """Sort, then sum each row's run: on a GPU, where `add.at` adds in any order, always the same
     bits."""
     indices, y = indices.reshape(-1), y.reshape(indices.size, y.shape[-1])
-    table = backend.array_module(y).zeros((rows, y.shape[1]), dtype=y.dtype)
+    xp = backend.array_module(y)
+    table = xp.zeros((rows, y.shape[1]), dtype=y.dtype)
     if indices.size:
-        order = indices.argsort(kind="stable")
+        order = np.argsort(indices, kind="stable")
         ordered = indices[order]
         starts = np.flatnonzero(np.diff(ordered, prepend=-1))
-        table[ordered[starts]] = np.add.reduceat(y[order], starts, axis=0)
+        table[ordered[starts]] = xp.add.reduceat(y[order], starts, axis=0)
     return table
 
 

@@ -138,7 +138,7 @@ def _(g, xs_shape, *, dim):
 @op
 def getitem(x, *, index):
     """x[index], all of NumPy's indexing: numbers, slices, None, ..., masks, arrays of positions."""
-    return x[index]
+    return x[beside(x, index)]
 
 
 @getitem.gradient
@@ -150,7 +150,7 @@ def _(g, x_shape, *, index):
 def index_put(x, *, index, shape):
     """Zeros of a shape, with x added at index: what comes twice is summed."""
     xp = backend.array_module(x)
-    out = xp.zeros(shape, x.dtype)
+    out, index = xp.zeros(shape, x.dtype), beside(x, index)
     parts = index if isinstance(index, tuple) else (index,)
     if any(isinstance(i, list) or (hasattr(i, "dtype") and i.dtype.kind != "b") for i in parts):
         xp.add.at(out, index, x)
@@ -162,6 +162,17 @@ def index_put(x, *, index, shape):
 @index_put.gradient
 def _(g, *, index, shape):
     return (getitem(g, index=index),)
+
+
+def beside(x, index):
+    """An index whose arrays are where x is. (Positions that were computed on the CPU, say.)"""
+    if isinstance(x, np.ndarray):
+        return index
+    if isinstance(index, tuple):
+        return tuple(beside(x, part) for part in index)
+    if isinstance(index, np.ndarray | list):
+        return backend.to_device(np.asarray(index), backend.device_name(x))
+    return index
 
 
 @op
