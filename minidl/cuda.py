@@ -1,8 +1,16 @@
-"""What PyTorch calls torch.cuda: is there a GPU, and how many."""
+"""What PyTorch calls torch.cuda: is there a GPU, how many, and which one computes."""
 
 from __future__ import annotations
 
-__all__ = ["device_count", "get_device_name", "is_available", "synchronize"]
+from minidl import backend
+from minidl.backend.random import manual_seed
+
+__all__ = [
+    "current_device", "device_count", "empty_cache", "get_device_name", "is_available",
+    "manual_seed", "manual_seed_all", "memory_allocated", "set_device", "synchronize",
+]  # fmt: skip
+
+manual_seed_all = manual_seed  # all devices draw the same numbers from one seed
 
 
 def device_count() -> int:
@@ -33,3 +41,33 @@ def synchronize() -> None:
         import cupy
 
         cupy.cuda.Device().synchronize()
+
+
+def current_device() -> int:
+    """The number of the GPU that "cuda" means.
+
+    Raises:
+        RuntimeError: no CuPy, or no GPU.
+    """
+    backend.gpu(0)
+    return backend.current_gpu()
+
+
+def set_device(device: int | str) -> None:
+    """Make "cuda" mean this GPU from here on: 1 or "cuda:1". One process, one GPU: at its start.
+
+    Raises:
+        RuntimeError: no CuPy, or no such GPU.
+    """
+    index = device if isinstance(device, int) else backend.parse_device(device)[1]
+    backend.gpu(index).use()
+
+
+def memory_allocated() -> int:
+    """Bytes of the GPU's memory in use by arrays. (CuPy keeps what they give back for the next.)"""
+    return backend.cupy().get_default_memory_pool().used_bytes()
+
+
+def empty_cache() -> None:
+    """Give the memory that is kept for later arrays back to the GPU."""
+    backend.cupy().get_default_memory_pool().free_all_blocks()

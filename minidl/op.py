@@ -157,6 +157,17 @@ class Op:
                 return kernel
         return None
 
+    def at_home(self, out: Any, arrays: list[Any]) -> Any:
+        """A result on a GPU, unless CuPy made it on another one than where the inputs are."""
+        for a in arrays:
+            if type(a) is type(out) and a.device != out.device and self.name != "to_device":
+                raise RuntimeError(
+                    f"{self.name} of a tensor on {backend.device_name(a)} ran on "
+                    f"{backend.device_name(out)}, the current GPU: compute inside "
+                    f'`with minidl.device("{backend.device_name(a)}"):`'
+                )
+        return out
+
     def arguments(self, node: Node) -> list[Any]:
         """What a node saved, as Tensors on the tape: the rule called with them is recorded."""
         sources = range(len(node.edges)) if self.sources is None else self.sources
@@ -280,8 +291,8 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
         if not traced:
             return out
 
-        if type(out) is not ndarray and isinstance(out, generic):
-            out = np.asarray(out)
+        if type(out) is not ndarray:
+            out = np.asarray(out) if isinstance(out, generic) else this.at_home(out, arrays)
         if out.dtype is float64:  # as PyTorch: int64 * float32 and int64 / int64 are float32
             out = not_widened(out, arrays, kwargs)
         y = new(Tensor)

@@ -345,6 +345,9 @@ class Tensor(Methods):
         """``x.to("cuda")``, ``x.to(minidl.float64)``, ``x.to(other)``: on the tape, so
         gradients flow back to where x is.
 
+        With ``non_blocking=True`` a copy from pinned memory (`pin_memory`) to a GPU goes on while
+        the program does; what is computed with it waits by itself.
+
         Raises:
             RuntimeError: there is no such device here.
         """
@@ -360,8 +363,18 @@ class Tensor(Methods):
         if dtype is not None and np.dtype(dtype) != x.dtype:
             x = x.astype(dtype)
         if device is not None and backend.parse_device(device) != backend.parse_device(x.device):
-            x = x.to_device(str(device))
+            x = x.to_device(str(device), bool(kwargs.get("non_blocking", False)))
         return x
+
+    def pin_memory(self) -> Tensor:
+        """A copy in memory from which a GPU reads by itself, for ``to("cuda", non_blocking=True)``.
+
+        Raises:
+            RuntimeError: the tensor is on a GPU already; or there is none.
+        """
+        if self.is_cuda:
+            raise RuntimeError(f"only a tensor on the CPU can be pinned, this is on {self.device}")
+        return Tensor(backend.pinned(self.array), self.requires_grad)
 
     def cpu(self) -> Tensor:
         return self.to("cpu")

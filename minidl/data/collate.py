@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -78,4 +78,16 @@ def default_convert(batch: Any) -> Any:
         return {key: default_convert(value) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
         return [default_convert(value) for value in batch]
+    return batch
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """A batch with every tensor in it changed, in the same nesting."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        fields = [map_tensors(function, value) for value in batch]
+        return type(batch)(*fields) if hasattr(batch, "_fields") else type(batch)(fields)
     return batch

@@ -8,13 +8,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from minidl import backend, cuda
 from minidl.backend import random as rng
-from minidl.data.collate import default_collate
+from minidl.data.collate import default_collate, map_tensors
 from minidl.data.dataset import IterableDataset
 from minidl.data.fetch import Collate, fetch, fetch_stream
 from minidl.data.randomness import choose_seed
 from minidl.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 from minidl.data.workers import Work, WorkerPool
+from minidl.tensor import Tensor
 
 
 class DataLoader:
@@ -40,7 +42,8 @@ class DataLoader:
             `sampler` and `drop_last`.
         num_workers: processes that load ahead; 0 loads in this one.
         collate_fn: makes a batch of a list of samples.
-        pin_memory: accepted for PyTorch's scripts, and without effect: batches are NumPy arrays.
+        pin_memory: put batches where a GPU can fetch them by itself, for
+            ``batch.to("cuda", non_blocking=True)``; without effect where there is no GPU.
         drop_last: leave out a last batch that is not full.
         timeout: seconds to wait for a worker's batch; 0: as long as it takes.
         worker_init_fn: called in each worker with its number, before it loads.
@@ -53,6 +56,7 @@ class DataLoader:
         prefetch_factor: batches that each worker (or the thread) loads ahead.
         persistent_workers: keep the workers for the next epoch.
         prefetch_thread: with num_workers=0, load ahead in a thread of this process.
+        device: "cuda": batches come on the GPU, each copied there while the one before is in use.
 
     Raises:
         ValueError: arguments that exclude each other, or are out of range.
@@ -80,6 +84,7 @@ class DataLoader:
         prefetch_factor: int | None = 2,
         persistent_workers: bool = False,
         prefetch_thread: bool = False,
+        device: str = "cpu",
     ) -> None:
         prefetch_factor = 2 if prefetch_factor is None else prefetch_factor
         if num_workers < 0 or prefetch_factor < 1 or timeout < 0:
@@ -102,6 +107,9 @@ class DataLoader:
         self.worker_init_fn, self.multiprocessing_context = worker_init_fn, multiprocessing_context
         self.persistent_workers, self.prefetch_thread = persistent_workers, prefetch_thread
         self.pin_memory, self.generator = pin_memory, generator
+        self.device = device
+        if backend.parse_device(device)[0] == "cuda":
+            backend.gpu(backend.parse_device(device)[1])  # a missing GPU is an error here and now
 
         self.is_stream = isinstance(dataset, IterableDataset)
         self.sampler: Any = None
@@ -174,6 +182,10 @@ class DataLoader:
         batches = load(epoch, start, seed)
         if self.num_workers == 0 and self.prefetch_thread:
             batches = in_background(batches, self.prefetch_factor)
+        if backend.parse_device(self.device)[0] == "cuda":
+            batches = copied_ahead(batches, self.device)
+        elif self.pin_memory and cuda.is_available():
+            batches = (map_tensors(Tensor.pin_memory, batch) for batch in batches)
         for count, batch in enumerate(batches, start + 1):
             if self._epoch == epoch:
                 self._batch = count
@@ -221,6 +233,43 @@ class DataLoader:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
         return itertools.islice(iter(self.batch_sampler), start, None)
+
+
+def copied_ahead(batches: Iterator[Any], device: str) -> Iterator[Any]:
+    """The same batches on a GPU; each is copied while the one before is in use.
+
+    A GPU works through *streams*: what is in one stream happens in order, two streams run side by
+    side. Copies have one of their own, and an *event* tells the stream that computes when a batch
+    is there. In the other direction, a copy may land in memory that an earlier batch has given
+    back: so it waits for all that was asked of the computing stream up to then.
+    """
+    cp = backend.cupy()
+    with backend.device(device):
+        stream = cp.cuda.Stream(non_blocking=True)
+
+    def copy(batch: Any) -> tuple[Any, Any, Any]:
+        host = map_tensors(Tensor.pin_memory, batch)  # kept until the copy is done
+        with backend.device(device):
+            stream.wait_event(cp.cuda.get_current_stream().record())
+            with stream:
+                there = map_tensors(lambda x: x.to(device, non_blocking=True), host)
+            return there, stream.record(), host
+
+    def wait_for(copied: tuple[Any, Any, Any]) -> Any:
+        with backend.device(device):
+            cp.cuda.get_current_stream().wait_event(copied[1])
+        return copied[0]
+
+    ahead: tuple[Any, Any, Any] | None = None
+    for batch in batches:
+        following = copy(batch)
+        if ahead is not None:
+            yield wait_for(ahead)
+            ahead[1].synchronize()  # done long ago; now its pinned memory may go
+        ahead = following
+    if ahead is not None:
+        yield wait_for(ahead)
+        ahead[1].synchronize()
 
 
 def in_background(batches: Iterator[Any], ahead: int) -> Iterator[Any]:

@@ -5,6 +5,7 @@ Importing this package registers them all, and gives Tensor its operators and me
 
 from minidl.ops import (
     conv,
+    cuda,
     dropout,
     elementwise,
     embedding,
@@ -21,6 +22,6 @@ from minidl.ops import (
 )
 
 __all__ = [
-    "conv", "dropout", "elementwise", "embedding", "linalg", "loss", "methods", "norm", "pool",
-    "quantized", "reduce", "rnn", "shape", "softmax",
+    "conv", "cuda", "dropout", "elementwise", "embedding", "linalg", "loss", "methods", "norm",
+    "pool", "quantized", "reduce", "rnn", "shape", "softmax",
 ]  # fmt: skip

@@ -335,12 +335,12 @@ def _(g, x_dtype, *, dtype):
 
 
 @op
-def to_device(x, *, device):
-    return backend.to_device(x, device)
+def to_device(x, *, device, non_blocking=False):
+    return backend.to_device(x, device, non_blocking)
 
 
 @to_device.gradient
-def _(g, x_device, *, device):
+def _(g, x_device, *, device, non_blocking):
     return (to_device(g, device=x_device),)
 
 

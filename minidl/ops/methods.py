@@ -570,8 +570,8 @@ class Methods:
     def bool(self) -> Tensor:
         return self.astype(np.bool_)
 
-    def to_device(self, device: str) -> Tensor:
-        return elementwise.to_device(self, device=device)
+    def to_device(self, device: str, non_blocking: Any = False) -> Tensor:
+        return elementwise.to_device(self, device=device, non_blocking=non_blocking)
 
     # In place, for use under no_grad ------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
     pip install cupy-cuda13x && python tests/cuda/cupy_api.py
 
-CuPy imports without a GPU, so its own signatures can be read anywhere. The double in `cupy_double.py`
-offers what is listed there and nothing else.
+CuPy imports without a GPU, so its own signatures can be read anywhere. The double in
+`cupy_double.py` offers what is listed there and nothing else.
 """
 
 import inspect

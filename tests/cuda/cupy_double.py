@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -70,7 +70,9 @@ def check_arguments(name: str, allowed: list[str] | None, args: Any, kwargs: Any
         allowed = ["*args", "out", "casting", "dtype"]
     wrong = [k for k in kwargs if k not in allowed] if "**kwargs" not in allowed else []
     if wrong or (len(args) > len(allowed) and not any(a.startswith("*") for a in allowed)):
-        raise Refused(f"cupy.{name}({', '.join(allowed)}) takes no {wrong or f'{len(args)} arguments'}")
+        raise Refused(
+            f"cupy.{name}({', '.join(allowed)}) takes no {wrong or f'{len(args)} arguments'}"
+        )
 
 
 def call(name: str, function: Callable[..., Any], allowed: Any, args: Any, kwargs: Any) -> Any:
@@ -193,7 +195,9 @@ class ndarray:
 
     # Back to the host, which waits for the device -------------------------------------------
 
-    def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> Any:
+    def get(
+        self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True
+    ) -> Any:
         if out is None:
             return self._memory.copy()
         if not isinstance(out, np.ndarray):
@@ -230,8 +234,8 @@ class ndarray:
     def _index(self, index: Any) -> Any:
         """An index for NumPy. (CuPy copies indices from the host; it does so in silence.)"""
         parts = index if isinstance(index, tuple) else (index,)
-        masks = sum(getattr(p, "dtype", None) == bool and getattr(p, "ndim", 0) > 0 for p in parts)
-        if masks > 1:
+        masks = [p for p in parts if isinstance(p, ndarray) and p.dtype.kind == "b" and p.ndim]
+        if len(masks) > 1:
             raise Refused("CuPy takes no more than one boolean array in an index")
         if any(isinstance(p, np.ndarray) and p.ndim for p in parts):
             raise Refused("an index from the host's memory: a copy to the device that nobody sees")
@@ -266,12 +270,11 @@ def operator(name: str) -> Callable[..., Any]:
     return lambda self, *others: self._operate(name, *others)
 
 
-for sign in ("add sub mul truediv floordiv mod pow matmul and or xor lshift rshift").split():
-    for kind in ("", "r", "i"):
-        if f"{kind}{sign}" not in ("pow", "imatmul"):
-            setattr(ndarray, f"__{kind}{sign}__", operator(f"__{kind}{sign}__"))
-for sign in "neg pos abs invert lt le gt ge eq ne".split():
-    setattr(ndarray, f"__{sign}__", operator(f"__{sign}__"))
+TWO = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"
+ONE = "neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne"
+for sign in (*ONE, *(kind + sign for sign in TWO for kind in ("", "r", "i"))):
+    if sign not in ("pow", "imatmul"):  # pow is above; CuPy has no @= either
+        setattr(ndarray, f"__{sign}__", operator(f"__{sign}__"))
 
 
 def method(name: str, allowed: list[str]) -> Callable[..., Any]:
@@ -331,7 +334,7 @@ class Device:
 class Stream:
     """``cupy.cuda.Stream``: work is done at once, in whichever order it is asked for."""
 
-    stack: list[Stream] = []
+    stack: ClassVar[list[Stream]] = []
 
     def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False) -> None:
         self.ptr, self.device_id = 0, current_device
@@ -430,6 +433,7 @@ def named(name: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if name in CONVERTERS:  # the explicit ways from the host to the device
             check_arguments(name, allowed, args, kwargs)
+            kwargs.pop("blocking", None)  # whether to wait for the copy: here it is done at once
             source, *rest = args
             on_device = isinstance(source, ndarray)
             memory = function(source._memory if on_device else source, *rest, **kwargs)
@@ -451,8 +455,10 @@ def modules(devices: int) -> dict[str, types.ModuleType]:
     cupy = types.ModuleType("cupy")
     for name in FUNCTIONS:
         setattr(cupy, name, named(name))
-    for name in ("float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool_ "
-                 "inf nan pi e newaxis dtype generic integer floating").split():  # fmt: skip
+    for name in (
+        "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
+        "uint32", "uint64", "bool_", "inf", "nan", "newaxis", "dtype", "generic", "integer",
+    ):  # fmt: skip
         setattr(cupy, name, getattr(np, name))
 
     def count() -> int:

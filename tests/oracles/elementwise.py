@@ -103,7 +103,7 @@ def _(x, *, dtype):
 
 
 @loops("to_device")
-def _(x, *, device):
+def _(x, *, device, non_blocking):
     return np.array(x.tolist())
 
 
@@ -158,5 +158,5 @@ def _(x, *, dtype):
 
 
 @pytorch("to_device")
-def _(x, *, device):
-    return x.to(device)
+def _(x, *, device, non_blocking):
+    return x.to(device, non_blocking=non_blocking)
