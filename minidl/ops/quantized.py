@@ -60,8 +60,8 @@ def quantize_linear(x, scale, zero_point, *, axis=1):
 @op(constant=True)
 def dequantize_linear(q, scale, zero_point, *, axis=1):
     """(q - zero_point) * scale (ONNX: DequantizeLinear); ``zero_point`` may be None."""
-    zero = 0 if zero_point is None else along(zero_point, axis, q.ndim)
-    return scaled(q.astype(np.int32) - np.int32(zero), scale, axis)
+    zero = 0 if zero_point is None else along(zero_point.astype(np.int32), axis, q.ndim)
+    return scaled(q.astype(np.int32) - zero, scale, axis)
 
 
 # Integer products -------------------------------------------------------------------------
@@ -75,8 +75,9 @@ def expect_bytes(name: str, x: Any) -> None:
 def farthest(x: Any, zero_point: Any) -> int:
     """How far a number of this dtype can be from its zero point."""
     limits = np.iinfo(x.dtype)
-    zero = np.asarray(0 if zero_point is None else zero_point).astype(np.int64)
-    return int(np.maximum(limits.max - zero, zero - limits.min).max(initial=1))
+    given = zero_point is not None and np.size(zero_point)
+    low, high = (int(np.min(zero_point)), int(np.max(zero_point))) if given else (0, 0)
+    return max(limits.max - low, high - limits.min)
 
 
 def expect_sum_fits(k: int, x: Any, x_zero: Any, w: Any, w_zero: Any) -> None:
