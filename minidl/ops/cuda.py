@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from minidl import backend
 from minidl.backend import cuda_launch
-from minidl.ops.conv import conv2d, conv2d_input, conv2d_weight
+from minidl.ops.conv import conv2d, conv2d_input, conv2d_weight, im2col
 from minidl.ops.dropout import dropout
 from minidl.ops.linalg import matmul
 from minidl.ops.norm import standardize
+from minidl.ops.quantized import conv_integer, expect_bytes, finish, matmul_integer
 from minidl.ops.rnn import gru, lstm
 from minidl.ops.softmax import log_softmax, softmax
 
@@ -135,3 +137,75 @@ def _(g, out, x, h0, w_ih, w_hh, b_ih, b_hh, lengths):
 def as_int64(lengths: Any) -> Any:
     """What the kernels read."""
     return None if lengths is None else lengths.astype(np.int64, copy=False)
+
+
+# Integer products -------------------------------------------------------------------------
+#
+#   Σ (a - z_a)(b - z_b)  =  Σ a b  -  z_a Σ b  -  z_b Σ a  +  K z_a z_b
+#
+# The tensor cores do the first sum, on int8; the others are of one row or column each. What
+# overflows 32 bits on the way comes back: the whole fits, and integers wrap around.
+
+
+def as_int8(q: Any, zero_point: Any) -> tuple[Any, Any]:
+    """The same numbers as int8 with an int32 zero point (uint8 is moved by 128), None for 0."""
+    zero = None if zero_point is None else zero_point.astype(np.int32)
+    if q.dtype == np.int8:
+        return q, zero
+    return (q ^ np.uint8(128)).view(np.int8), (0 if zero is None else zero) - np.int32(128)
+
+
+def integer_sums(a: Any, b: Any, a_zero: Any, b_zero: Any) -> Any:
+    """int8 (M, K), (N, K), and zero points that broadcast to (M, 1) and (N,) -> int32 (M, N)."""
+    total = cuda_launch.matmul_s8(a, b)
+    if a_zero is not None:
+        total -= a_zero * b.sum(axis=1, dtype=np.int32)
+    if b_zero is not None:
+        total -= a.sum(axis=1, dtype=np.int32, keepdims=True) * b_zero
+        if a_zero is not None:
+            total += np.int32(a.shape[1]) * a_zero * b_zero
+    return total
+
+
+@matmul_integer.kernel("cuda", device="cuda")
+def _(a, b, a_zero_point, b_zero_point, scale, bias, zero_point, *, relu=False):
+    """On the int8 tensor cores; the formula where b is a batch, or a type is wrong."""
+    bytes_ = all(x.dtype.name in ("int8", "uint8") for x in (a, b))
+    if a.ndim < 2 or b.ndim != 2 or not bytes_ or a.shape[-1] != b.shape[0]:
+        return matmul_integer.op.formula(
+            a, b, a_zero_point, b_zero_point, scale, bias, zero_point, relu=relu
+        )
+    a8, a_zero = as_int8(a.reshape(-1, a.shape[-1]), a_zero_point)
+    b8, b_zero = as_int8(b.T, b_zero_point)
+    if a_zero is not None and np.size(a_zero) > 1:  # one for each row
+        a_zero = np.broadcast_to(a_zero.reshape(-1, 1), (*a.shape[:-1], 1)).reshape(-1, 1)
+    total = integer_sums(a8, b8, a_zero, b_zero).reshape(*a.shape[:-1], b.shape[1])
+    return finish(total, scale, bias, zero_point, relu, -1)
+
+
+@conv_integer.kernel("cuda", device="cuda")
+def _(
+    x, w, x_zero_point, w_zero_point, scale, bias, zero_point, *,
+    stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, relu=False,
+):  # fmt: skip
+    """The columns of `im2col`, multiplied on the int8 tensor cores."""
+    expect_bytes("x", x)
+    expect_bytes("w", w)
+    x8, x_zero = as_int8(x, x_zero_point)
+    w8, w_zero = as_int8(w, w_zero_point)
+    if x_zero is not None and any(padding):  # beyond the edges lies x_zero, and not 0
+        wide = [(0, 0), (0, 0), *((p, p) for p in padding)]
+        x8 = np.pad(x8, wide, constant_values=x_zero.item())
+        padding = (0, 0)
+    columns, size = im2col(x8, w.shape[2:], stride, padding, dilation, groups)
+    w8 = w8.reshape(groups, w.shape[0] // groups, -1)
+    zeros = [None] * groups if w_zero is None else list(per_group(w_zero, w.shape[0], groups))
+    xp = backend.array_module(x)
+    sums = xp.stack([integer_sums(w8[i], columns[i].T, zeros[i], x_zero) for i in range(groups)])
+    total = sums.reshape(w.shape[0], x.shape[0], *size).swapaxes(0, 1)
+    return finish(total, scale, bias, zero_point, relu, 1)
+
+
+def per_group(zero: Any, channels: int, groups: int) -> Any:
+    """Zero points of the output channels, one or one for each, as (groups, O / groups, 1)."""
+    return np.broadcast_to(zero.reshape(-1), (channels,)).reshape(groups, -1, 1)
