@@ -620,7 +620,8 @@ def adam(
 ) -> None:  # fmt: skip
     """Step number `step` (from 1) of `minidl.optim.Adam` (or AdamW) in place, over flat arrays."""
     corrections = f32(1 - betas[0] ** step), f32(math.sqrt(1 - betas[1] ** step))
-    floats = map(f32, (lr, *betas, eps, weight_decay))
+    shares = [number for beta in betas for number in (beta, 1 - beta)]
+    floats = map(f32, (lr, *shares, eps, weight_decay))
     elementwise("adam", p, p.size, *floats, i32(decoupled), *corrections, g, p, m, v)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minidl.backend import cuda_launch
 from minidl.backend.native import native
 from minidl.optim.optimizer import Optimizer, Update
 from minidl.tensor import Tensor
@@ -104,6 +105,18 @@ class Adam(Optimizer):
         native.adam(  # type: ignore[union-attr]
             [u.p for u in updates], [u.g for u in updates], m, v, largest, step_sizes, corrections,
             beta1, beta2, group["eps"], decay, shrink, group["maximize"],
+        )  # fmt: skip
+        return True
+
+    def update_on_gpu(self, update: Update, group: dict[str, Any]) -> bool:
+        if group["maximize"] or group["amsgrad"]:
+            return False
+        p, g, state = update
+        t = state["step"] = state.get("step", 0) + 1
+        m, v = remember(state, p, "exp_avg", "exp_avg_sq")
+        cuda_launch.adam(
+            *(a.reshape(-1) for a in (p, g, m, v)), step=t, decoupled=self.decoupled,
+            **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")},
         )  # fmt: skip
         return True
 

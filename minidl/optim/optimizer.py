@@ -32,19 +32,27 @@ class Update(NamedTuple):
                 return None
         return dtype if dtype in (np.float32, np.float64) else None
 
+    def on_gpu(self) -> bool:
+        """Whether a CUDA kernel can read and write the parameter and its gradient."""
+        return all(
+            backend.device_type(a) == "cuda" and a.dtype == np.float32 and a.flags.c_contiguous
+            for a in (self.p, self.g)
+        )
+
 
 class Optimizer:
     """Changes parameters by their gradients. A subclass writes `update`, on bare arrays.
 
     Attributes:
-        fused: whether kernels in C++ update all parameters in one call, where there are such
-            kernels; `update` is their formula. (PyTorch's name, there an argument.)
+        fused: whether a kernel does a step, in C++ for all parameters in one call, in CUDA for
+            one parameter, where there is one; `update` is its formula. (PyTorch's name, there an
+            argument.)
         param_groups: a list of dicts: "params", and the settings that hold for them ("lr", ...).
             Schedules and users change settings here.
         state: what the optimizer remembers of each parameter: Tensors, and the number of steps.
     """
 
-    fused = native is not None
+    fused = True
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         """
@@ -116,10 +124,13 @@ class Optimizer:
             ]
             alike: dict[Any, list[Update]] = {}  # by dtype, or None: not for the kernels
             for u in updates:
-                alike.setdefault(u.dtype() if self.fused else None, []).append(u)
+                key = u.dtype() if self.fused and native is not None else None
+                alike.setdefault(key, []).append(u)
             for dtype, some in alike.items():
                 if dtype is None or not self.update_fused(some, group):
                     for u in some:
+                        if self.fused and u.on_gpu() and self.update_on_gpu(u, group):
+                            continue
                         g = u.g
                         if group.get("maximize"):
                             g = np.negative(g, out=self.scratch(g, "negative"))
@@ -130,6 +141,14 @@ class Optimizer:
 
     def update_fused(self, updates: list[Update], group: dict[str, Any]) -> bool:
         """Do what `update` does for all of these, of one dtype, by one kernel in C++.
+
+        Returns:
+            False: there is no such kernel; nothing is changed.
+        """
+        return False
+
+    def update_on_gpu(self, update: Update, group: dict[str, Any]) -> bool:
+        """Do what `update` does by one CUDA kernel.
 
         Returns:
             False: there is no such kernel; nothing is changed.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from minidl.backend import cuda_launch
 from minidl.backend.native import native
 from minidl.optim.optimizer import Optimizer, Update, axpy
 from minidl.tensor import Tensor
@@ -69,5 +70,20 @@ class SGD(Optimizer):
             [u.p for u in updates], [u.g for u in updates], buffers, first, group["lr"],
             group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"],
             group["maximize"],
+        )  # fmt: skip
+        return True
+
+    def update_on_gpu(self, update: Update, group: dict[str, Any]) -> bool:
+        if group["maximize"]:
+            return False
+        p, g, state = update
+        momentum = group["momentum"]
+        first = bool(momentum) and state.get("momentum_buffer") is None
+        if first:
+            state["momentum_buffer"] = Tensor(np.zeros_like(p))
+        v = state["momentum_buffer"].array if momentum else g  # without momentum it is not read
+        cuda_launch.sgd(
+            p.reshape(-1), g.reshape(-1), v.reshape(-1), first=first,
+            **{k: group[k] for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov")},
         )  # fmt: skip
         return True

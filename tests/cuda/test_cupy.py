@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -258,6 +259,26 @@ def test_optimizer(make: Any) -> None:
         other.load_state_dict(optimizer.state_dict())
         found.append([p.detach().cpu().numpy() for p in layer.parameters()])
     reg.assert_all_close(found[1], found[0], 1e-5)
+
+
+def test_one_kernel_does_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minidl.backend import cuda_launch
+
+    for name, make in (("sgd", optim.SGD), ("adam", optim.Adam), ("adam", optim.AdamW)):
+        found = []
+        for fused in (True, False):
+            launch = Mock(wraps=getattr(cuda_launch, name))
+            p = Tensor(there(np.linspace(-1, 1, 6, dtype=np.float32)), requires_grad=True)
+            optimizer = make([p], lr=0.1, weight_decay=0.1)
+            optimizer.fused = fused
+            with monkeypatch.context() as patch:
+                patch.setattr(cuda_launch, name, launch)
+                for _ in range(3):
+                    p.grad = Tensor(there(np.linspace(1, 3, 6, dtype=np.float32)))
+                    optimizer.step()
+            assert launch.call_count == (3 if fused else 0)
+            found.append([p.detach().cpu().numpy()])
+        reg.assert_all_close(found[0], found[1], 1e-6)
 
 
 def test_a_small_network_learns_as_on_the_cpu(tmp_path: Any) -> None:
