@@ -237,10 +237,10 @@ def contiguous(*arrays: Any) -> list[Any]:
 
 
 def conv2d(
-    x: Any, w: Any, *, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1),
-    groups: int = 1, bias: Any | None = None,
+    x: Any, w: Any, b: Any | None = None, *, stride: Pair = (1, 1), padding: Pair = (0, 0),
+    dilation: Pair = (1, 1), groups: int = 1,
 ) -> Any:  # fmt: skip
-    """The op `conv2d` in float32, and if given + bias (O,)."""
+    """The op `conv2d` in float32."""
     x, w = contiguous(x, w)
     y = backend.array_module(x).empty(out_shape(x, w, stride, padding, dilation), np.float32)
     if y.size == 0:
@@ -251,7 +251,7 @@ def conv2d(
     function("conv.cu", f"conv2d_f32_{size}", y)(
         (tiles(n, tile), tiles(m, tile), groups), (threads,),
         (*geometry(x.shape, w.shape, y.shape, stride, padding, dilation, groups),
-         x, w, null if bias is None else bias, y),
+         x, w, null if b is None else contiguous(b)[0], y),
         shared_mem=shared_bytes(tile, 4),
     )  # fmt: skip
     return y

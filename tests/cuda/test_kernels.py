@@ -152,7 +152,7 @@ def problem(request, rng):
     n, c, size, o, kernel, stride, padding, dilation, groups = request.param
     how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     x, w = normal(rng, n, c, *size), normal(rng, o, c // groups, *kernel)
-    y = normal(rng, *formula("conv2d", x, w, **how).shape)
+    y = normal(rng, *formula("conv2d", x, w, None, **how).shape)
     return x, w, y, how
 
 
@@ -160,7 +160,7 @@ def check_convolutions(problem, ops, rounded, tolerance):
     x, w, y, how = problem
     (conv2d, conv2d_input, conv2d_weight) = ops
     rx, rw, ry = rounded(x), rounded(w), rounded(y)
-    close(conv2d(x, w, **how), formula("conv2d", rx, rw, **how), tolerance)
+    close(conv2d(x, w, **how), formula("conv2d", rx, rw, None, **how), tolerance)
     size, kernel = {"input_size": x.shape[2:]}, {"kernel_size": w.shape[2:]}
     wanted = formula("conv2d_input", ry, rw, **size, **how)
     close(conv2d_input(y, w, **size, **how), wanted, tolerance)
@@ -185,17 +185,20 @@ def test_convolution_in_int8(problem, order, rng):
     x, w, _, how = problem
     x_scale, w_scale = np.array([0.02], np.float32), rng.random(len(w), np.float32) / 20 + 0.01
     bias = normal(rng, len(w))
-    wanted = formula("conv2d", rounded(x, x_scale), rounded(w, w_scale[:, None, None, None]), **how)
+    wanted = formula(
+        "conv2d", rounded(x, x_scale), rounded(w, w_scale[:, None, None, None]), None, **how
+    )
     wanted = wanted * (x_scale * w_scale)[:, None, None] + bias[:, None, None]
     close(cuda.conv2d_s8(x, w, x_scale, w_scale, bias=bias, **how), wanted, 1e-6)
 
 
 def test_bias_of_a_convolution(order, rng):
     x, w, bias = normal(rng, 2, 3, 6, 6), normal(rng, 4, 3, 3, 3), normal(rng, 4)
-    wanted = formula("conv2d", x, w) + bias[:, None, None]
-    close(cuda.conv2d(x, w, bias=bias), wanted)
+    wanted = formula("conv2d", x, w, None) + bias[:, None, None]
+    close(cuda.conv2d(x, w, bias), wanted)
     close(
-        cuda.conv2d_f16(x, w, bias=bias), formula("conv2d", half(x), half(w)) + bias[:, None, None]
+        cuda.conv2d_f16(x, w, bias=bias),
+        formula("conv2d", half(x), half(w), None) + bias[:, None, None],
     )
 
 
