@@ -13,7 +13,7 @@ ARGS ?=
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint tutorials clean
+.PHONY: help demo test bench gpu lint tutorials clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -26,6 +26,12 @@ test: $(VENV)/ready-test  ## run the tests (one file: make test ARGS=tests/test_
 
 bench: $(VENV)/ready-bench  ## compare with PyTorch and NumPy on the CPU (a rough look: make bench ARGS=--quick)
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+# On the GPU machine's own Python, with the packages that it has: there may be no network.
+gpu:  ## build, test and measure on an NVIDIA GPU (another Python: make gpu PYTHON=...)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	MINIDL_GPU=1 $(PYTHON) -m pytest -q tests/cuda/test_cupy.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/ready-dev  ## check style and types
 	$(BIN)/ruff check

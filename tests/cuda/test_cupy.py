@@ -1,10 +1,17 @@
-"""All of minidl on CuPy arrays, on a double of CuPy that is as strict as CuPy is."""
+"""All of minidl on CuPy arrays, on a double of CuPy that is as strict as CuPy is.
+
+On a machine with a GPU, MINIDL_GPU=1 runs the same tests on CuPy itself (`make gpu`).
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -27,10 +34,21 @@ SAME = 1e-12
 HALF = 2e-3  # float16 products with float32 sums, of numbers around 1
 
 
+ON_GPU = os.environ.get("MINIDL_GPU", "0") not in ("", "0")
+
+
 @pytest.fixture(autouse=True)
 def cupy() -> Iterator[Any]:
-    with double.installed() as module:
-        yield module
+    if ON_GPU:
+        yield backend.cupy()
+    else:
+        with double.installed() as module:
+            yield module
+
+
+def needs(gpus: int) -> None:
+    if minidl.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
 
 
 def there(x: Any) -> Any:
@@ -39,7 +57,7 @@ def there(x: Any) -> Any:
 
 
 def back(x: Any) -> Any:
-    return x.get() if isinstance(x, double.ndarray) else x
+    return x if isinstance(x, np.ndarray | np.generic) or not hasattr(x, "get") else x.get()
 
 
 def on_gpu(case: Case) -> Case:
@@ -72,7 +90,7 @@ def test_refused(mix: Any) -> None:
 def test_what_comes_out_is_on_the_device() -> None:
     d = there(np.arange(6, dtype=np.float32).reshape(2, 3))
     for x in (d.sum(), d[0, 1], d.T, np.exp(d), 2 * d, d > 1, d.argmax(), np.float32(2) * d):
-        assert isinstance(x, double.ndarray)
+        assert type(x) is type(d)
     assert d.sum().get() == 15 and isinstance(d.get(), np.ndarray)
     assert isinstance(d.sum().item(), float)
 
@@ -318,6 +336,7 @@ def test_training_runs(tmp_path: Any) -> None:
 
 
 def test_the_current_gpu() -> None:
+    needs(2)
     assert minidl.zeros(2, device="cuda").device == "cuda:0"
     with minidl.device("cuda:1"):
         x = minidl.ones(2, device="cuda")
@@ -336,6 +355,7 @@ def test_the_current_gpu() -> None:
 
 
 def test_computing_on_another_gpu_is_refused() -> None:
+    needs(2)
     x = minidl.ones(2, device="cuda:1")
     with pytest.raises((RuntimeError, ValueError), match="current"):
         x + x
@@ -398,8 +418,8 @@ def test_no_gpu() -> None:
 
 
 def test_no_such_gpu() -> None:
-    with pytest.raises(RuntimeError, match=r"'cuda:2': this machine has 2 GPU"):
-        minidl.ones(2).to("cuda:2")
+    with pytest.raises(RuntimeError, match=r"'cuda:99': this machine has \d+ GPU"):
+        minidl.ones(2).to("cuda:99")
 
 
 def test_no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,3 +437,21 @@ def test_pinning_refuses_what_is_on_the_gpu() -> None:
 def test_minidl_imports_without_looking_for_a_gpu() -> None:
     code = "import minidl, sys; assert 'cupy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_benchmark_on_a_gpu(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """`make gpu`, at the smallest sizes: what it computes is right, and it writes its report."""
+    if ON_GPU:
+        pytest.skip("make gpu runs it whole")
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_benchmark"] = script
+    spec.loader.exec_module(script)
+    script.torch = None  # it may be there, but without a GPU
+    report = script.main(["--smallest", "--out", str(tmp_path)])
+    text = report.read_text()
+    assert report.name == "gpu-a-double.md" and "matmul float32" in text and "cuBLAS" in text
+    rows = json.loads(report.with_suffix(".json").read_text())["rows"]
+    assert {row["name"] for row in rows} >= {"matmul int8", "conv2d float16", "ladder: tensor"}
+    assert all(row["error"] < 1e-2 for row in rows if row["error"] is not None)
