@@ -5,9 +5,9 @@
 
 Every kernel is timed by device events, in turn with its rival, the median of several runs; on fresh
 random data, its memory poisoned with NaN, and its result compared with the rival's before a time is
-believed. Ratios are the rival's time over ours: above 1, minidl is faster. cuBLAS is called through CuPy, the
-others through PyTorch; without it their columns stay empty. Writes benchmarks/results/gpu-NAME.md
-and .json, NAME the GPU's.
+believed. Ratios are the rival's time over ours: above 1, minidl is faster. cuBLAS is called through
+CuPy, the others through PyTorch; without it their columns stay empty. Writes
+benchmarks/results/gpu-NAME.md and .json, NAME the GPU's.
 """
 
 from __future__ import annotations
@@ -137,13 +137,13 @@ def products(bench: Bench, sizes: list[int], ladder: int) -> Iterator[Row]:
         size, operations = f"{n}³", 2.0 * n**3
         a, b = normal(cp, n, n), normal(cp, n, n)
         yield bench.compare(
-            "matmul float32", size, partial(cuda_launch.matmul, a, b), partial(matmul, a, b), "cuBLAS",
-            operations,
+            "matmul float32", size, partial(cuda_launch.matmul, a, b), partial(matmul, a, b),
+            "cuBLAS", operations,
         )  # fmt: skip
         h, k = a.astype(np.float16), b.astype(np.float16)
         yield bench.compare(
-            "matmul float16", size, partial(cuda_launch.matmul_f16, h, k), partial(matmul, h, k), "cuBLAS",
-            operations, tolerance=1e-2,
+            "matmul float16", size, partial(cuda_launch.matmul_f16, h, k), partial(matmul, h, k),
+            "cuBLAS", operations, tolerance=1e-2,
         )  # fmt: skip
         x, w = ((c * 30).astype(np.int8) for c in (a, b))
         rival = None

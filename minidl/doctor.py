@@ -93,7 +93,7 @@ def the_kernels() -> Iterator[Finding]:
         f"{native.get_num_threads()} threads",
     )
     rows = [row for row in minidl.kernels() if row[1] == "cpu" and row[2] == "float32"]
-    used = [row[0] for row in rows if row[4] == "native"]
+    used = [row[0] for row in rows if row[4] != "formula"]
     yield Finding("good", "in use", f"{', '.join(used)} (minidl kernels lists them)")
 
 
@@ -112,11 +112,18 @@ def the_gpu() -> Iterator[Finding]:
         "import cupy; r = cupy.cuda.runtime; print(cupy.__version__, '|', ', '.join("
         "r.getDeviceProperties(i)['name'].decode() for i in range(r.getDeviceCount())))"
     )
-    if good:
-        version, _, devices = answer.partition(" | ")
-        yield Finding("good", "GPU", f"{devices} (CuPy {version})")
-    else:
-        yield Finding("absent", "GPU", f"CuPy finds none: {answer}", "is the NVIDIA driver there?")
+    if not good:
+        yield Finding(
+            "bad" if driver else "absent", "GPU", f"CuPy finds none: {answer}",
+            "see what nvidia-smi says" if driver
+            else "nothing to do without an NVIDIA GPU; with one, install its driver",
+        )  # fmt: skip
+        return
+    version, _, devices = answer.partition(" | ")
+    yield Finding("good", "GPU", f"{devices} (CuPy {version})")
+    rows = [row for row in minidl.kernels() if row[1] == "cuda" and row[2] == "float32"]
+    used = [row[0] for row in rows if row[4] != "formula"]
+    yield Finding("good", "on the GPU", f"{', '.join(used)} have CUDA kernels; the rest is CuPy's")
 
 
 def the_cluster() -> Iterator[Finding]:

@@ -1,7 +1,9 @@
 """The command line: help, errors in a paragraph, and one small run of each command."""
 
+import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -199,6 +201,47 @@ def test_doctor_survives_what_it_finds(tmp_path, monkeypatch):
     code, output = call("doctor", MINIDL_DATA=str(tmp_path))
     assert code == 0
     assert "a disk that [/dies]" in output and "no compiler" in output and "to mend" in output
+
+
+CUPY = """
+__version__ = "14.2.0"
+class cuda:
+    class runtime:
+        def getDeviceCount():
+            {count}
+        def getDeviceProperties(i):
+            return {{"name": b"NVIDIA H100"}}
+"""
+NO_GPU = "raise RuntimeError('cudaErrorNoDevice: no CUDA-capable device is detected')"
+
+
+@pytest.mark.parametrize("driver", [False, True])
+@pytest.mark.parametrize("gpus", [None, 0, 2])
+def test_doctor_on_the_gpu(tmp_path, monkeypatch, gpus, driver):
+    """No CuPy; CuPy and no GPU; GPUs: what is the case, and what to do about it."""
+    find = importlib.util.find_spec
+    if gpus is None:
+        absent = lambda name: None if name == "cupy" else find(name)  # noqa: E731
+        monkeypatch.setattr("importlib.util.find_spec", absent)
+    else:
+        count = f"return {gpus}" if gpus else NO_GPU
+        (tmp_path / "cupy.py").write_text(CUPY.format(count=count))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    which = shutil.which
+    nvidia = {"nvidia-smi": "/usr/bin/nvidia-smi" if driver else None}
+    monkeypatch.setattr("shutil.which", lambda name: nvidia.get(name, which(name)))
+    code, output = call("doctor", MINIDL_DATA=str(tmp_path))
+    assert code == 0
+    if gpus:
+        assert "NVIDIA H100, NVIDIA H100 (CuPy 14.2.0)" in output
+        assert "conv2d" in output and "have CUDA kernels" in output
+    elif gpus == 0:
+        assert "CuPy finds none: RuntimeError: cudaErrorNoDevice" in output
+        assert ("see what nvidia-smi says" if driver else "install its driver") in output
+    else:
+        assert "CuPy is not installed" in output and "pip install 'minidl[cuda]'" in output
+        assert ("though there is an NVIDIA driver" in output) == driver
 
 
 def test_demo(tmp_path):
