@@ -193,7 +193,9 @@ def train(
         float | None, typer.Option(help="Clip the norm of the gradient.", show_default="no")
     ] = None,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:N; with cuda, each rank takes a GPU of its own.")
+    ] = "cpu",
     threads: Threads = None,
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Write a checkpoint this often within an epoch.")
@@ -225,6 +227,8 @@ def train(
     use_threads(threads)
     screen = console()
     parse_device(device)
+    if device == "cuda":
+        minidl.cuda.set_device_by_rank()
     small = data == "digits"
     epochs = epochs or (20 if small else 5)
     batch_size = batch_size or (32 if small else 64)
@@ -236,8 +240,9 @@ def train(
     shape = {} if model.startswith("resnet") else {"image_size": height}
     network = models.get(model, num_classes=len(test_set.classes), in_channels=channels, **shape)
     network.to(device)
-    train_loader = DataLoader(train_set, batch_size, shuffle=True, prefetch_thread=True)
-    test_loader = DataLoader(test_set, 500, prefetch_thread=True)
+    ahead: dict[str, Any] = {"prefetch_thread": True, "device": device}
+    train_loader = DataLoader(train_set, batch_size, shuffle=True, **ahead)
+    test_loader = DataLoader(test_set, 500, **ahead)
     lrs = {"adam": 0.005 if small else 0.004, "sgd": 0.05, "rmsprop": 0.001}
     lrs["adamw"] = lrs["adam"]
     lr = lrs[choose("optimizer", optimizer, list(lrs))] if lr is None else lr

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from minidl import backend
 from minidl.backend.random import manual_seed
+from minidl.backend.threads import local_rank
 
 __all__ = [
     "current_device", "device_count", "empty_cache", "get_device_name", "is_available",
-    "manual_seed", "manual_seed_all", "memory_allocated", "set_device", "synchronize",
+    "manual_seed", "manual_seed_all", "memory_allocated", "set_device", "set_device_by_rank",
+    "synchronize",
 ]  # fmt: skip
 
 manual_seed_all = manual_seed  # all devices draw the same numbers from one seed
@@ -61,6 +63,21 @@ def set_device(device: int | str) -> None:
     """
     index = device if isinstance(device, int) else backend.parse_device(device)[1]
     backend.gpu(index).use()
+
+
+def set_device_by_rank() -> int:
+    """Make "cuda" mean a GPU of this rank's own: rank i of a machine takes GPU i (mod their number).
+
+    Returns:
+        Its number.
+
+    Raises:
+        RuntimeError: no CuPy, or no GPU.
+    """
+    backend.gpu(0)
+    index = local_rank() % device_count()
+    set_device(index)
+    return index
 
 
 def memory_allocated() -> int:

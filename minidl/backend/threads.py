@@ -23,6 +23,14 @@ LOCAL_RANKS = (
     "LOCAL_WORLD_SIZE",
     "SLURM_STEP_TASKS_PER_NODE",
 )
+# Which of them this process is.
+LOCAL_RANK = (
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_RANK",
+    "SLURM_LOCALID",
+)
 OF_BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -90,6 +98,14 @@ def local_ranks(environ: Mapping[str, str] = os.environ) -> int:
         if value.isdecimal() and int(value) > 0:
             return int(value)
     return 1
+
+
+def local_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """Which of this machine's ranks this process is, from 0; 0 without a launcher."""
+    for name in LOCAL_RANK:
+        if (value := environ.get(name, "")).isdecimal():
+            return int(value)
+    return 0
 
 
 def cores(process: int = 0) -> int:

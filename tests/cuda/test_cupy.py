@@ -354,6 +354,19 @@ def test_the_current_gpu() -> None:
         minidl.cuda.set_device(0)
 
 
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = minidl.cuda.device_count()
+    try:
+        assert minidl.cuda.set_device_by_rank() == 0
+        for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, "5")
+                assert minidl.cuda.set_device_by_rank() == 5 % gpus
+                assert minidl.zeros(1, device="cuda").device == f"cuda:{5 % gpus}"
+    finally:
+        minidl.cuda.set_device(0)
+
+
 def test_computing_on_another_gpu_is_refused() -> None:
     needs(2)
     x = minidl.ones(2, device="cuda:1")
