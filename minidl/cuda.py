@@ -66,7 +66,7 @@ def set_device(device: int | str) -> None:
 
 
 def set_device_by_rank() -> int:
-    """Make "cuda" mean a GPU of this rank's own: rank i of a machine takes GPU i (mod their number).
+    """Make "cuda" a GPU of this rank's own: rank i of a machine takes GPU i, in turn.
 
     Returns:
         Its number.
