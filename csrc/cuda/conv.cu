@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(256)
     conv2d_f32_large(GEOMETRY, const float* x, const float* w, const float* bias, float* y) {
   conv2d_float<Fma<128, 128>>({GEOMETRY_ARGUMENTS}, x, w, bias, y);
 }
-extern "C" __global__ void __launch_bounds__(64)
+extern "C" __global__ void __launch_bounds__(64, 5)
     conv2d_f32_small(GEOMETRY, const float* x, const float* w, const float* bias, float* y) {
   conv2d_float<Fma<64, 64>>({GEOMETRY_ARGUMENTS}, x, w, bias, y);
 }
@@ -167,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(256)
     conv2d_input_f32_large(GEOMETRY, const float* y, const float* w, float* x) {
   conv2d_input_float<Fma<128, 128>>({GEOMETRY_ARGUMENTS}, y, w, x);
 }
-extern "C" __global__ void __launch_bounds__(64)
+extern "C" __global__ void __launch_bounds__(64, 5)
     conv2d_input_f32_small(GEOMETRY, const float* y, const float* w, float* x) {
   conv2d_input_float<Fma<64, 64>>({GEOMETRY_ARGUMENTS}, y, w, x);
 }
@@ -176,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(256)
                             float* w) {
   conv2d_weight_float<Fma<128, 128>>({GEOMETRY_ARGUMENTS}, splits, part_length, y, x, w);
 }
-extern "C" __global__ void __launch_bounds__(64)
+extern "C" __global__ void __launch_bounds__(64, 5)
     conv2d_weight_f32_small(GEOMETRY, int splits, int part_length, const float* y, const float* x,
                             float* w) {
   conv2d_weight_float<Fma<64, 64>>({GEOMETRY_ARGUMENTS}, splits, part_length, y, x, w);

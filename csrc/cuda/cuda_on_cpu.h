@@ -213,9 +213,9 @@ inline void resume(Thread& thread) {
   threadIdx = thread.index;
   TSAN(__tsan_switch_to_fiber(thread.fiber, 1);)
   ASAN(__sanitizer_start_switch_fiber(&machine.fake_stack, thread.stack, stack_bytes);)
-  machine.inside = true;
+  WATCH(machine.inside = true;)
   switch_context(machine.scheduler, thread.context);
-  machine.inside = false;
+  WATCH(machine.inside = false;)
   ASAN(__sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr);)
 }
 

@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(256)
   matmul_float<Fma<128, 128>>(M, N, K, a, a_m, a_k, a_batch, b, b_k, b_n, b_batch, y);
 }
 
-extern "C" __global__ void __launch_bounds__(64)
+extern "C" __global__ void __launch_bounds__(64, 5)
     matmul_f32_small(int M, int N, int K, const float* a, int a_m, int a_k, long long a_batch,
                      const float* b, int b_k, int b_n, long long b_batch, float* y) {
   matmul_float<Fma<64, 64>>(M, N, K, a, a_m, a_k, a_batch, b, b_k, b_n, b_batch, y);

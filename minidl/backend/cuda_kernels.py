@@ -64,7 +64,8 @@ def inlined(file: str | Path) -> str:
 
 def kernel_names(code: str) -> list[str]:
     """The kernels that a source defines, ``extern "C" __global__ void name(...)``."""
-    return re.findall(r'extern "C" __global__ void(?:\s+__launch_bounds__\(\d+\))?\s+(\w+)\(', code)
+    bounds = r"(?:\s+__launch_bounds__\([\d, ]+\))?"
+    return re.findall(rf'extern "C" __global__ void{bounds}\s+(\w+)\(', code)
 
 
 # On the GPU -------------------------------------------------------------------------------
