@@ -278,13 +278,28 @@ def train(
 
 
 @command
-def kernels() -> None:
-    """List the operations that have kernels, and which implementation runs."""
+def kernels(
+    step: Annotated[
+        str | None,
+        typer.Option(metavar="OP", help="Step through this op's CUDA kernel, on the CPU."),
+    ] = None,
+    kernel: Annotated[
+        str | None, typer.Option(help="Which one of them.", show_default="cuda")
+    ] = None,
+) -> None:
+    """List the operations that have kernels, and which implementation runs.
+
+    With --step matmul, conv2d, softmax, ... run the op's CUDA kernel on a small problem, a fiber
+    for each CUDA thread, and show what it asks of the memory from one barrier to the next. Needs
+    g++, and no GPU.
+    """
     from rich.table import Table
 
     import minidl
     from minidl.backend.native import why_missing
 
+    if step is not None or kernel is not None:
+        return step_through(step or "matmul", kernel)
     rows = minidl.kernels()
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in rows.header:
@@ -296,6 +311,22 @@ def kernels() -> None:
     if why_missing:
         screen.print(f"\nNo C++ kernels: {why_missing}", markup=False, style="yellow")
     screen.print('\nSwap one in a program: minidl.use("conv2d", "formula")', markup=False)
+
+
+def step_through(op: str, kernel: str | None) -> None:
+    from minidl.step import debugger, describe, launches
+
+    screen = console()
+    shown: set[str] = set()
+    found = launches(op, kernel)
+    for launch in found:
+        if launch.name not in shown:  # a recurrent layer launches the same one at every step
+            shown.add(launch.name)
+            screen.print("\n".join(describe(launch)), markup=False, soft_wrap=True)
+    if found:
+        screen.print(
+            f"\nStop in it:\n\n  {debugger(found[-1], op, kernel)}", markup=False, soft_wrap=True
+        )
 
 
 @command
