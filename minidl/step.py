@@ -40,12 +40,15 @@ class Launch(NamedTuple):
     report: cuda_kernels.Report | None
 
 
-def launches(op: str, kernel: str | None = None) -> list[Launch]:
-    """Run an op's CUDA kernel on the CPU, on the first sample that it computes; what it launched.
+def launches(
+    op: str, kernel: str | None = None, inputs: tuple[Any, ...] | None = None
+) -> list[Launch]:
+    """Run an op's CUDA kernel on the CPU; what it launched.
 
     Args:
         op: "matmul", "conv2d", ...
         kernel: which of its CUDA kernels, such as "cuda_shared"; None: "cuda".
+        inputs: the op's, arrays on the CPU; None: of the first of its samples that is computed.
 
     Raises:
         ValueError: no such op, or no such kernel of it.
@@ -81,10 +84,9 @@ def launches(op: str, kernel: str | None = None) -> list[Launch]:
     dtype = (chosen.dtypes or ("float32",))[0]
     before, cuda_launch.function = cuda_launch.function, recorded
     try:
-        for inputs, settings in this.draw_samples(np.random.default_rng(0)):
-            arrays = [
-                x.astype(dtype) if getattr(x, "dtype", None) == np.float64 else x for x in inputs
-            ]
+        drawn = this.draw_samples(np.random.default_rng(0))
+        for xs, settings in drawn if inputs is None else [(inputs, {})]:
+            arrays = [x.astype(dtype) if getattr(x, "dtype", None) == np.float64 else x for x in xs]
             chosen.function(*arrays, **{**this.defaults, **settings})
             if found:
                 return found

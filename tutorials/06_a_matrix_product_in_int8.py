@@ -250,3 +250,4 @@ for name in ("formula", *[k.name for k in matmul_integer.op.kernels if not k.mis
 #    (`linear_weight_only` in `minidl/ops/quantized.py`.)
 #
 # The ops are in `minidl/ops/quantized.py`, the C++ in `csrc/cpu/integer.h` and `csrc/cpu/narrow.h`.
+# Next: `07_a_cuda_kernel_on_a_cpu.py`.
