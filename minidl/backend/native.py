@@ -3,7 +3,8 @@
 `native` is the module `minidl._native`, or None; then `why_missing` says, in one line, what is
 missing and how to get it. Nobody is told at import: `report_missing()` does so, once and in full,
 for whoever looks for a kernel.
-The environment variable MINIDL_NO_NATIVE=1 makes minidl run without them, on NumPy.
+The environment variable MINIDL_NO_NATIVE=1 makes minidl run without them, on NumPy;
+MINIDL_KEEP_MEMORY=0 leaves malloc as it is (csrc/README.md says what it does otherwise).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ else:
     else:
         _native.isa()  # a MINIDL_ISA that this machine cannot run is an error here and now
         native = _native
+        if os.environ.get("MINIDL_KEEP_MEMORY", "1") not in ("", "0"):
+            native.keep_memory()
 
 _reported = False
 
