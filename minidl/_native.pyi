@@ -151,17 +151,13 @@ def recurrent(
     b_hh: NDArray[T] | None,
     first: NDArray[T],
     lengths: NDArray[int64] | None,
-) -> NDArray[T]: ...
+    keep: bool,
+) -> tuple[NDArray[T], NDArray[T]]: ...
 def recurrent_gradient(
     cell: str,
     g: NDArray[T],
-    states: NDArray[T],
-    a: NDArray[T],
-    b: NDArray[T],
+    kept: NDArray[T],
     w_hh: NDArray[T],
-    b_ih: NDArray[T] | None,
-    b_hh: NDArray[T] | None,
-    first: NDArray[T],
     lengths: NDArray[int64] | None,
 ) -> tuple[NDArray[T], NDArray[T], NDArray[T]]: ...
 def sgd(

@@ -10,6 +10,8 @@ import pytest
 
 import minidl
 import minidl.nn.functional as F
+from minidl.backend.native import native
+from minidl.ops.rnn import kept
 from minidl.tensor import Tensor
 
 rng = np.random.default_rng(0)
@@ -367,6 +369,20 @@ def test_full_lengths_change_no_bit() -> None:
     f, arguments = recurrent("lstm")
     for a, b in zip(f(*arguments), f(*arguments, lengths=[5] * 4), strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_what_the_kernel_keeps_goes_with_its_output(kind: str) -> None:
+    f, arguments = recurrent(kind)
+    before = set(kept)  # of other tests' outputs, if they live
+    with minidl.no_grad():
+        results = f(*arguments)
+    assert set(kept) <= before
+    results = f(*(Tensor(a.array, requires_grad=True) for a in arguments))
+    assert native is None or len(set(kept) - before) == 1
+    results[0].sum().backward()
+    del results
+    assert set(kept) <= before
 
 
 def test_recurrent_arguments() -> None:

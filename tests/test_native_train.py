@@ -45,7 +45,7 @@ def recurrent(cell: str, a: Array, first: float) -> Array:
     """One step of one unit, without weights."""
     weights = np.zeros((len(a), 1), a.dtype)
     start = np.full((1, a.shape[1], 1), first, a.dtype)
-    return _native.recurrent(cell, a, weights, None, None, start, None).ravel()
+    return _native.recurrent(cell, a, weights, None, None, start, None, False)[0].ravel()
 
 
 def tanh(v: Array) -> Array:
@@ -103,11 +103,8 @@ def results() -> list[Array]:
     found.append(dropout(x, p=0.3, key=Key(5, 7)))
     found.append(_native.max_pool2d_gradient(normal(9, 5, 15, 16), x, (2, 2), (2, 2)))
     a, w_hh, first = normal(4 * 37, 5 * 53), normal(4 * 37, 37), normal(2, 53, 37)
-    states = _native.recurrent("lstm", a, w_hh, None, None, first, None)
-    to_states = normal(*states.shape)
-    found += _native.recurrent_gradient(
-        "lstm", to_states, states, a, a, w_hh, None, None, first, None
-    )
+    states, kept = _native.recurrent("lstm", a, w_hh, None, None, first, None, True)
+    found += [kept, *_native.recurrent_gradient("lstm", normal(*states.shape), kept, w_hh, None)]
     p, m, v = normal(40000), normal(40000), abs(normal(40000))
     _native.adam(
         [p], [normal(40000)], [m], [v], [], [1e-3], [0.1], 0.9, 0.999, 1e-8, 0.1, 1.0, False

@@ -13,52 +13,43 @@ const RecurrentFor<T>& recurrent_of() {
   }
 }
 
-// The layer's sizes, checked: a (gates * H, T * N), w_hh (gates * H, H), first (states, N, H).
+// The layer's sizes: w_hh (gates * H, H); T steps, N sequences.
 struct Layer {
   Recurrent s;
-  Index gates, states;
+  Index gates, states, kept;
   std::optional<Plain<Index>> lengths;
 };
 
-Layer layer(const std::string& cell, const py::array& a, const py::array& w_hh, const Maybe& b_ih,
-            const Maybe& b_hh, const py::array& first, const Maybe& lengths) {
-  const char* op = "recurrent";
+Layer layer(const std::string& cell, const py::array& w_hh, Index columns, Index batch,
+            const Maybe& lengths) {
   Layer l{};
   if (cell == "lstm") {
-    std::tie(l.s.cell, l.gates, l.states) = std::tuple(RecurrentCell::lstm, 4, 2);
+    std::tie(l.s.cell, l.gates, l.states, l.kept) = std::tuple(RecurrentCell::lstm, 4, 2, 6);
   } else if (cell == "gru") {
-    std::tie(l.s.cell, l.gates, l.states) = std::tuple(RecurrentCell::gru, 3, 1);
+    std::tie(l.s.cell, l.gates, l.states, l.kept) = std::tuple(RecurrentCell::gru, 3, 1, 5);
   } else if (cell == "relu" || cell == "tanh") {
     l.s.cell = cell == "relu" ? RecurrentCell::rnn_relu : RecurrentCell::rnn_tanh;
-    l.gates = l.states = 1;
+    l.gates = l.states = l.kept = 1;
   } else {
     bad_value("recurrent: cell is 'lstm', 'gru', 'tanh' or 'relu', got '" + cell + "'");
   }
-  expect_dimensions(op, "a", a, 2, "(gates * H, T * N)");
-  expect_dimensions(op, "w_hh", w_hh, 2, "(gates * H, H)");
-  expect_dimensions(op, "first", first, 3, "(states, N, H)");
-  std::tie(l.s.batch, l.s.hidden) = std::tuple(first.shape(1), first.shape(2));
-  const Index rows = l.gates * l.s.hidden;
-  if (l.s.batch < 1 || l.s.hidden < 1 || a.shape(1) < 1 || a.shape(1) % l.s.batch) {
-    bad_value("recurrent: at least one step, sequence and unit: a has shape " + shape_of(a) +
-              ", first " + shape_of(first));
+  expect_dimensions("recurrent", "w_hh", w_hh, 2, "(gates * H, H)");
+  l.s.hidden = w_hh.shape(1);
+  l.s.batch = batch;
+  if (w_hh.shape(0) != l.gates * l.s.hidden) {
+    bad_value("recurrent: w_hh of " + cell + " is (" + std::to_string(l.gates) +
+              " * H, H), got shape " + shape_of(w_hh));
   }
-  l.s.steps = a.shape(1) / l.s.batch;
-  if (first.shape(0) != l.states || a.shape(0) != rows || w_hh.shape(0) != rows ||
-      w_hh.shape(1) != l.s.hidden) {
-    bad_value("recurrent: " + cell + " of " + std::to_string(l.s.hidden) + " units: a has shape " +
-              shape_of(a) + ", w_hh " + shape_of(w_hh) + ", first " + shape_of(first));
+  if (batch < 1 || l.s.hidden < 1 || columns < 1 || columns % batch) {
+    bad_value("recurrent: expected at least one step, sequence and unit, and T * N columns; got " +
+              std::to_string(columns) + " columns, " + std::to_string(batch) + " sequences and " +
+              std::to_string(l.s.hidden) + " units");
   }
-  for (const Maybe* b : {&b_ih, &b_hh}) {
-    if (*b && (**b).size() != rows) {
-      bad_value("recurrent: a bias has " + std::to_string(rows) + " elements, got shape " +
-                shape_of(**b));
-    }
-  }
+  l.s.steps = columns / batch;
   if (lengths) {
     l.lengths = contiguous<Index>(*lengths);
-    if (l.lengths->size() != l.s.batch) {
-      bad_value("recurrent: " + std::to_string(l.s.batch) + " lengths, got shape " +
+    if (l.lengths->size() != batch) {
+      bad_value("recurrent: " + std::to_string(batch) + " lengths, got shape " +
                 shape_of(*lengths));
     }
   }
@@ -66,51 +57,62 @@ Layer layer(const std::string& cell, const py::array& a, const py::array& w_hh, 
   return l;
 }
 
-py::array recurrent(const std::string& cell, const py::array& a, const py::array& w_hh,
+py::tuple recurrent(const std::string& cell, const py::array& a, const py::array& w_hh,
                     const Maybe& b_ih, const Maybe& b_hh, const py::array& first,
-                    const Maybe& lengths) {
-  const Layer l = layer(cell, a, w_hh, b_ih, b_hh, first, lengths);
-  return with_type("recurrent", "a", a, "w_hh", w_hh, [&](auto zero) -> py::array {
+                    const Maybe& lengths, bool keep) {
+  const char* op = "recurrent";
+  expect_dimensions(op, "a", a, 2, "(gates * H, T * N)");
+  expect_dimensions(op, "first", first, 3, "(states, N, H)");
+  const Layer l = layer(cell, w_hh, a.shape(1), first.shape(1), lengths);
+  if (a.shape(0) != w_hh.shape(0) || first.shape(0) != l.states || first.shape(2) != l.s.hidden) {
+    bad_value("recurrent: " + cell + " of " + std::to_string(l.s.hidden) + " units: a has shape " +
+              shape_of(a) + ", first " + shape_of(first));
+  }
+  for (const Maybe* b : {&b_ih, &b_hh}) {
+    if (*b && (**b).size() != a.shape(0)) {
+      bad_value("recurrent: a bias has " + std::to_string(a.shape(0)) + " elements, got shape " +
+                shape_of(**b));
+    }
+  }
+  return with_type(op, "a", a, "w_hh", w_hh, [&](auto zero) -> py::tuple {
     using T = decltype(zero);
     const auto sums = contiguous<T>(a), weights = contiguous<T>(w_hh), start = contiguous<T>(first);
-    const auto bias = maybe_plain<T>("recurrent", "b_ih", b_ih);
-    const auto bias_h = maybe_plain<T>("recurrent", "b_hh", b_hh);
+    const auto bias = maybe_plain<T>(op, "b_ih", b_ih), bias_h = maybe_plain<T>(op, "b_hh", b_hh);
     py::array_t<T> states({l.states, l.s.steps, l.s.batch, l.s.hidden});
-    T* out = states.mutable_data();
-    py::gil_scoped_release release;
-    recurrent_of<T>().forward(l.s, sums.data(), weights.data(), pointer<T>(bias),
-                              pointer<T>(bias_h), start.data(), out);
-    return states;
+    py::array_t<T> kept({keep ? l.kept * l.s.hidden : 0, a.shape(1)});
+    T *out = states.mutable_data(), *to_keep = keep ? kept.mutable_data() : nullptr;
+    {
+      py::gil_scoped_release release;
+      recurrent_of<T>().forward(l.s, sums.data(), weights.data(), pointer<T>(bias),
+                                pointer<T>(bias_h), start.data(), out, to_keep);
+    }
+    return py::make_tuple(states, kept);
   });
 }
 
-py::tuple recurrent_gradient(const std::string& cell, const py::array& g, const py::array& states,
-                             const py::array& a, const py::array& b, const py::array& w_hh,
-                             const Maybe& b_ih, const Maybe& b_hh, const py::array& first,
-                             const Maybe& lengths) {
+py::tuple recurrent_gradient(const std::string& cell, const py::array& g, const py::array& kept,
+                             const py::array& w_hh, const Maybe& lengths) {
   const char* op = "recurrent_gradient";
-  const Layer l = layer(cell, a, w_hh, b_ih, b_hh, first, lengths);
-  const Index all = l.states * l.s.steps * l.s.batch * l.s.hidden;
-  if (g.size() != all || states.size() != all || !b.attr("shape").equal(a.attr("shape"))) {
-    bad_value(std::string(op) + ": g and states have " + std::to_string(all) +
-              " elements, b the shape of a; got " + shape_of(g) + ", " + shape_of(states) + ", " +
-              shape_of(b) + " and " + shape_of(a));
+  expect_dimensions(op, "g", g, 4, "(states, T, N, H)");
+  const Layer l = layer(cell, w_hh, g.shape(1) * g.shape(2), g.shape(2), lengths);
+  const Index columns = l.s.steps * l.s.batch;
+  expect_dimensions(op, "kept", kept, 2, "(kept * H, T * N)");
+  if (g.shape(0) != l.states || g.shape(3) != l.s.hidden || kept.shape(0) != l.kept * l.s.hidden ||
+      kept.shape(1) != columns) {
+    bad_value(std::string(op) + ": " + cell + " of " + std::to_string(l.s.hidden) +
+              " units: g has shape " + shape_of(g) + ", kept " + shape_of(kept));
   }
-  return with_type(op, "a", a, "g", g, [&](auto zero) -> py::tuple {
+  return with_type(op, "g", g, "kept", kept, [&](auto zero) -> py::tuple {
     using T = decltype(zero);
-    const auto from = contiguous<T>(g), out = contiguous<T>(states), from_x = contiguous<T>(a);
-    const auto from_h = contiguous<T>(b), weights = contiguous<T>(w_hh);
-    const auto start = contiguous<T>(first);
-    const auto bias = maybe_plain<T>(op, "b_ih", b_ih), bias_h = maybe_plain<T>(op, "b_hh", b_hh);
-    py::array_t<T> da({a.shape(0), a.shape(1)}), d_first({l.states, l.s.batch, l.s.hidden});
+    const auto from = contiguous<T>(g), keep = contiguous<T>(kept), weights = contiguous<T>(w_hh);
+    py::array_t<T> da({w_hh.shape(0), columns}), d_first({l.states, l.s.batch, l.s.hidden});
     py::array_t<T> db = da;
-    if (l.s.cell == RecurrentCell::gru) db = py::array_t<T>({a.shape(0), a.shape(1)});
+    if (l.s.cell == RecurrentCell::gru) db = py::array_t<T>({w_hh.shape(0), columns});
     T *to_x = da.mutable_data(), *to_h = db.mutable_data(), *to_first = d_first.mutable_data();
     {
       py::gil_scoped_release release;
-      recurrent_of<T>().backward(l.s, from_x.data(), from_h.data(), weights.data(),
-                                 pointer<T>(bias), pointer<T>(bias_h), start.data(), out.data(),
-                                 from.data(), to_x, to_h, to_first);
+      recurrent_of<T>().backward(l.s, keep.data(), weights.data(), from.data(), to_x, to_h,
+                                 to_first);
     }
     return py::make_tuple(da, db, d_first);
   });
@@ -124,14 +126,13 @@ void bind_recurrent(py::module_& m) {
   const auto b_ih = py::arg("b_ih").noconvert().none(true);
   const auto b_hh = py::arg("b_hh").noconvert().none(true);
   const auto lengths = py::arg("lengths").none(true);
-  m.def("recurrent", &recurrent, cell, a, w_hh, b_ih, b_hh, first, lengths,
+  m.def("recurrent", &recurrent, cell, a, w_hh, b_ih, b_hh, first, lengths, py::arg("keep"),
         "A layer ('lstm', 'gru', 'tanh', 'relu') over time: a = w_ih x (gates * H, T * N), first "
-        "(states, N, H) -> states (states, T, N, H).");
+        "(states, N, H) -> states (states, T, N, H), and what recurrent_gradient needs, with "
+        "`keep`, else an empty array.");
   m.def("recurrent_gradient", &recurrent_gradient, cell, py::arg("g").noconvert(),
-        py::arg("states").noconvert(), a, py::arg("b").noconvert(), w_hh, b_ih, b_hh, first,
-        lengths,
-        "The gradients of a, of b = w_hh h (an h before each step), and of first; for 'tanh' and "
-        "'relu' the numbers in a and b are no matter.");
+        py::arg("kept").noconvert(), w_hh, lengths,
+        "The gradients of a, of b = w_hh h (an h before each step), and of first.");
 }
 
 }  // namespace minidl

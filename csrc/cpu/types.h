@@ -190,9 +190,8 @@ struct Recurrent {
 template <class T>
 struct RecurrentFor {  // see recurrent.h
   void (*forward)(const Recurrent&, const T* a, const T* w_hh, const T* b_ih, const T* b_hh,
-                  const T* first, T* states);
-  void (*backward)(const Recurrent&, const T* a, const T* b, const T* w_hh, const T* b_ih,
-                   const T* b_hh, const T* first, const T* states, const T* g, T* da, T* db,
+                  const T* first, T* states, T* kept);
+  void (*backward)(const Recurrent&, const T* kept, const T* w_hh, const T* g, T* da, T* db,
                    T* d_first);
 };
 

@@ -10,12 +10,14 @@ again rather than kept, which costs little, and makes the second order right.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from minidl import backend
+from minidl.autograd import mode
 from minidl.backend.native import native, why_missing
 from minidl.op import Sample, op, sample
 from minidl.ops.elementwise import sigmoid, tanh, where
@@ -219,37 +221,54 @@ def _(g, out, x, h0, w_ih, w_hh, b_ih, b_hh, lengths):
 # Kernels ----------------------------------------------------------------------------------
 #
 # In C++ is the loop over time alone (csrc/cpu/recurrent.h), with the batch in the last dimension;
-# the products over all steps are made here, and only those that are wanted.
+# the products over all steps are made here, and only those that are wanted. Unlike the rule, the
+# kernel of the gradient does not compute the gates again, which would be a quarter of all products:
+# that of the formula has kept them.
+
+kept: dict[int, tuple[Any, Any]] = {}  # id of an output -> a weak reference to it, what was kept
 
 
-def forwards(cell: str, x: Any, first: list[Any], w_ih: Any, w_hh: Any, *rest: Any) -> Any:
-    """The states (S,T,N,H) of a layer, or None: an empty one is left to the formula."""
+def forwards(
+    cell: str, keep: bool, x: Any, first: list[Any], w_ih: Any, w_hh: Any, *rest: Any
+) -> tuple[Any, Any]:
+    """The states (S,T,N,H) of a layer, and what `backwards` needs if `keep`; (None, None): an
+    empty layer is left to the formula."""
     if not first[0].size or not len(x):
-        return None
+        return None, None
     a = native.matmul(w_ih, flat(x).T)  # type: ignore[union-attr]
-    return native.recurrent(cell, a, w_hh, *rest[:2], np.stack(first), rest[2])  # type: ignore[union-attr]
+    return native.recurrent(cell, a, w_hh, *rest[:2], np.stack(first), rest[2], keep)  # type: ignore[union-attr]
+
+
+def forwards_keeping(cell: str, *inputs: Any) -> Any:
+    """The states, with `kept` for as long as they live: (T,N,H), or (S,T,N,H) if S > 1."""
+    states, what = forwards(cell, mode.enabled, *inputs)
+    if states is None:
+        return None
+    out = states if len(states) > 1 else states[0]
+    if mode.enabled:
+        key = id(out)
+        kept[key] = weakref.ref(out, lambda _: kept.pop(key, None)), what
+    return out
+
+
+def recall(out: Any, cell: str, *inputs: Any) -> Any:
+    """What was kept with an output, computed again if it came from elsewhere (`minidl.use`)."""
+    return kept[id(out)][1] if id(out) in kept else forwards(cell, True, *inputs)[1]
 
 
 def backwards(
-    cell: str, g: Any, out: Any, x: Any, first: list[Any], w_ih: Any, w_hh: Any, *rest: Any
+    cell: str, what: Any, g: Any, states: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, lengths: Any
 ) -> tuple[Any, ...] | None:
-    """The gradients of x, of the first states, and of the weights and biases, as `forwards`."""
-    if not first[0].size or not len(x):
+    """The gradients of x, of the first states, and of the weights and biases; as `forwards`."""
+    if not h0.size or not len(x):
         return None
     matmul = native.matmul  # type: ignore[union-attr]
-    h_before = flat(before(first[0], out[0]))
-    if cell in ("tanh", "relu"):  # their slope is known from the states
-        a = b = np.empty(h_before.T.shape, x.dtype)
-    else:
-        a, b = matmul(w_ih, flat(x).T), matmul(w_hh, h_before.T)
-    da, db, d_first = native.recurrent_gradient(  # type: ignore[union-attr]
-        cell, g, out, a, b, w_hh, *rest[:2], np.stack(first), rest[2]
-    )
+    da, db, d_first = native.recurrent_gradient(cell, g, what, w_hh, lengths)  # type: ignore[union-attr]
     return (
         lambda: matmul(da.T, w_ih).reshape(x.shape),
         *d_first,
         lambda: matmul(da, flat(x)),
-        lambda: matmul(db, h_before),
+        lambda: matmul(db, flat(before(h0, states[0]))),
         lambda: da.sum(axis=1),
         lambda: db.sum(axis=1),
         None,
@@ -258,7 +277,7 @@ def backwards(
 
 @rnn.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
 def _(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, *, nonlinearity="tanh"):
-    states = forwards(nonlinearity, x, [h0], w_ih, w_hh, b_ih, b_hh, lengths)
+    states, _ = forwards(nonlinearity, False, x, [h0], w_ih, w_hh, b_ih, b_hh, lengths)
     if states is None:
         formula = rnn.op.formula
         return formula(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, nonlinearity=nonlinearity)
@@ -267,40 +286,38 @@ def _(x, h0, w_ih, w_hh, b_ih, b_hh, lengths, *, nonlinearity="tanh"):
 
 @rnn.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
 def _(g, out, x, h0, w_ih, w_hh, lengths, *, nonlinearity):
-    inputs = (nonlinearity, g[None], out[None], x, [h0], w_ih, w_hh, None, None, lengths)
-    return backwards(*inputs) or rnn.op.rule(
-        g, out, x, h0, w_ih, w_hh, lengths, nonlinearity=nonlinearity
-    )
+    what = flat(out).T  # the slope is known from the states: nothing else is needed
+    return backwards(
+        nonlinearity, what, g[None], out[None], x, h0, w_ih, w_hh, lengths
+    ) or rnn.op.rule(g, out, x, h0, w_ih, w_hh, lengths, nonlinearity=nonlinearity)
 
 
 @lstm.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
 def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths):
-    states = forwards("lstm", x, [h0, c0], w_ih, w_hh, b_ih, b_hh, lengths)
-    if states is None:
-        return lstm.op.formula(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths)
-    return states
+    out = forwards_keeping("lstm", x, [h0, c0], w_ih, w_hh, b_ih, b_hh, lengths)
+    return lstm.op.formula(x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths) if out is None else out
 
 
 @lstm.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
 def _(g, out, x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths):
-    return backwards("lstm", g, out, x, [h0, c0], w_ih, w_hh, b_ih, b_hh, lengths) or lstm.op.rule(
+    what = recall(out, "lstm", x, [h0, c0], w_ih, w_hh, b_ih, b_hh, lengths)
+    return backwards("lstm", what, g, out, x, h0, w_ih, w_hh, lengths) or lstm.op.rule(
         g, out, x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths
     )
 
 
 @gru.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
 def _(x, h0, w_ih, w_hh, b_ih, b_hh, lengths):
-    states = forwards("gru", x, [h0], w_ih, w_hh, b_ih, b_hh, lengths)
-    if states is None:
-        return gru.op.formula(x, h0, w_ih, w_hh, b_ih, b_hh, lengths)
-    return states[0]
+    out = forwards_keeping("gru", x, [h0], w_ih, w_hh, b_ih, b_hh, lengths)
+    return gru.op.formula(x, h0, w_ih, w_hh, b_ih, b_hh, lengths) if out is None else out
 
 
 @gru.gradient_kernel("native", dtypes=("float32", "float64"), missing=why_missing)
 def _(g, out, x, h0, w_ih, w_hh, b_ih, b_hh, lengths):
-    return backwards(
-        "gru", g[None], out[None], x, [h0], w_ih, w_hh, b_ih, b_hh, lengths
-    ) or gru.op.rule(g, out, x, h0, w_ih, w_hh, b_ih, b_hh, lengths)
+    what = recall(out, "gru", x, [h0], w_ih, w_hh, b_ih, b_hh, lengths)
+    return backwards("gru", what, g[None], out[None], x, h0, w_ih, w_hh, lengths) or gru.op.rule(
+        g, out, x, h0, w_ih, w_hh, b_ih, b_hh, lengths
+    )
 
 
 # Samples ----------------------------------------------------------------------------------
