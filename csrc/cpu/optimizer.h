@@ -67,49 +67,70 @@ void sgd(const Sgd<T>& s, Index count, const Slice<T>* slices) {
   });
 }
 
+// What some optimizers do only with a setting is a parameter of the template: a branch around a
+// load or a store keeps the compiler from making vectors of a loop.
+
+template <bool kAmsgrad, class T>
+void adam_chunk(const Adam<T>& settings, const Slice<T>& slice, Index begin, Index end) {
+  const Adam<T> s = settings;  // a copy, which no store below can change
+  T* __restrict p = slice.p;
+  const T* __restrict gradient = slice.g;
+  T* __restrict m = slice.state[0];
+  T* __restrict v = slice.state[1];
+  T* __restrict largest = slice.state[2];
+  const T step_size = slice.step_size, correction = slice.correction;
+  for (Index i = begin; i < end; ++i) {
+    const T g = decayed(gradient[i], s.maximize, s.weight_decay, p[i]);
+    m[i] = s.beta1 * m[i] + s.one_less_beta1 * g;
+    v[i] = s.beta2 * v[i] + s.one_less_beta2 * (g * g);
+    T square = v[i];
+    if constexpr (kAmsgrad) {
+      const bool keep = (largest[i] > square) | (largest[i] != largest[i]);  // NaN stays
+      square = largest[i] = keep ? largest[i] : square;
+    }
+    p[i] = s.shrink * p[i] - step_size * (m[i] / (root(square) / correction + s.eps));
+  }
+}
+
 template <class T>
 void adam(const Adam<T>& s, Index count, const Slice<T>* slices) {
   for_chunks(count, slices, [&](const Slice<T>& slice, Index begin, Index end) {
-    T* __restrict p = slice.p;
-    const T* __restrict gradient = slice.g;
-    T* __restrict m = slice.state[0];
-    T* __restrict v = slice.state[1];
-    T* __restrict largest = slice.state[2];
-    const T step_size = slice.step_size, correction = slice.correction;
-    for (Index i = begin; i < end; ++i) {
-      const T g = decayed(gradient[i], s.maximize, s.weight_decay, p[i]);
-      m[i] = s.beta1 * m[i] + s.one_less_beta1 * g;
-      v[i] = s.beta2 * v[i] + s.one_less_beta2 * (g * g);
-      T square = v[i];
-      if (largest) {
-        const bool keep = (largest[i] > square) | (largest[i] != largest[i]);  // NaN stays
-        square = largest[i] = keep ? largest[i] : square;
-      }
-      p[i] = s.shrink * p[i] - step_size * (m[i] / (root(square) / correction + s.eps));
-    }
+    const auto update = slice.state[2] ? adam_chunk<true, T> : adam_chunk<false, T>;
+    update(s, slice, begin, end);
   });
+}
+
+template <bool kCentered, bool kMomentum, class T>
+void rmsprop_chunk(const RmsProp<T>& settings, const Slice<T>& slice, Index begin, Index end) {
+  const RmsProp<T> s = settings;
+  T* __restrict p = slice.p;
+  const T* __restrict gradient = slice.g;
+  T* __restrict v = slice.state[0];
+  T* __restrict m = slice.state[1];
+  T* __restrict buffer = slice.state[2];
+  for (Index i = begin; i < end; ++i) {
+    const T g = decayed(gradient[i], s.maximize, s.weight_decay, p[i]);
+    v[i] = s.alpha * v[i] + s.one_less_alpha * (g * g);
+    T variance = v[i];
+    if constexpr (kCentered) {
+      m[i] = s.alpha * m[i] + s.one_less_alpha * g;
+      variance -= m[i] * m[i];
+    }
+    T step = g / (root(variance) + s.eps);
+    if constexpr (kMomentum) step = buffer[i] = s.momentum * buffer[i] + step;
+    p[i] -= s.lr * step;
+  }
 }
 
 template <class T>
 void rmsprop(const RmsProp<T>& s, Index count, const Slice<T>* slices) {
   for_chunks(count, slices, [&](const Slice<T>& slice, Index begin, Index end) {
-    T* __restrict p = slice.p;
-    const T* __restrict gradient = slice.g;
-    T* __restrict v = slice.state[0];
-    T* __restrict m = slice.state[1];
-    T* __restrict buffer = slice.state[2];
-    for (Index i = begin; i < end; ++i) {
-      const T g = decayed(gradient[i], s.maximize, s.weight_decay, p[i]);
-      v[i] = s.alpha * v[i] + s.one_less_alpha * (g * g);
-      T variance = v[i];
-      if (m) {
-        m[i] = s.alpha * m[i] + s.one_less_alpha * g;
-        variance -= m[i] * m[i];
-      }
-      T step = g / (root(variance) + s.eps);
-      if (buffer) step = buffer[i] = s.momentum * buffer[i] + step;
-      p[i] -= s.lr * step;
-    }
+    const bool centered = slice.state[1], momentum = slice.state[2];
+    const auto update =
+        centered   ? momentum ? rmsprop_chunk<true, true, T> : rmsprop_chunk<true, false, T>
+        : momentum ? rmsprop_chunk<false, true, T>
+                   : rmsprop_chunk<false, false, T>;
+    update(s, slice, begin, end);
   });
 }
 
