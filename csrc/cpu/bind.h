@@ -28,6 +28,7 @@ void bind_narrow(py::module_& m);
 void bind_pool(py::module_& m);
 void bind_recurrent(py::module_& m);
 void bind_training(py::module_& m);
+void bind_warp(py::module_& m);
 
 using Pair = std::pair<Index, Index>;
 

@@ -19,10 +19,11 @@ extern const Ladder ladder;                       // kernels_ladder.cpp
 extern const Narrow narrow;                       // kernels_narrow.cpp
 extern const RecurrentKernels recurrent_kernels;  // kernels_recurrent.cpp
 extern const Training training;                   // kernels_training.cpp
+extern const WarpKernels warp_kernels;            // kernels_warp.cpp
 extern const Winograd winograd_kernels;           // kernels_winograd.cpp
 extern const Kernels kernels;
 const Kernels kernels{
     MINIDL_TEXT(MINIDL_ISA), kernels_for<float>, kernels_for<double>, &ladder, &training, &narrow,
-    &winograd_kernels,       &recurrent_kernels};
+    &winograd_kernels,       &recurrent_kernels, &warp_kernels};
 
 }  // namespace minidl::MINIDL_ISA

@@ -47,6 +47,7 @@ PYBIND11_MODULE(_native, m) {
   bind_pool(m);
   bind_recurrent(m);
   bind_training(m);
+  bind_warp(m);
 
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("supported_isas", &supported_isas, "Those that this machine can run, the best first.");

@@ -200,6 +200,27 @@ struct RecurrentKernels {
   RecurrentFor<double> f64;
 };
 
+// An affine warp of n images: pixel (column j, row i) of the result is fetched from column
+// m[0] j + m[1] i + m[2] and row m[3] j + m[4] i + m[5] of its image.
+struct Warp {
+  enum Padding { kZeros, kBorder, kReflection };
+  Index n, c, h, w, oh, ow;
+  const double* matrices;  // (n, 2, 3)
+  bool nearest;            // else bilinear
+  Padding padding;
+};
+
+template <class T>
+struct WarpFor {
+  void (*affine)(const Warp&, const T* x, T fill, T* y);
+  void (*affine_input)(const Warp&, const T* y, T* x);
+};
+
+struct WarpKernels {
+  WarpFor<float> f32;
+  WarpFor<double> f64;
+};
+
 struct Training {
   TrainingFor<float> f32;
   TrainingFor<double> f64;
@@ -267,6 +288,7 @@ struct Kernels {
   const Narrow* narrow;
   const Winograd* winograd;
   const RecurrentKernels* recurrent;
+  const WarpKernels* warp;
 };
 
 }  // namespace minidl

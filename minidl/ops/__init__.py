@@ -19,9 +19,10 @@ from minidl.ops import (
     rnn,
     shape,
     softmax,
+    warp,
 )
 
 __all__ = [
     "conv", "cuda", "dropout", "elementwise", "embedding", "linalg", "loss", "methods", "norm",
-    "pool", "quantized", "reduce", "rnn", "shape", "softmax",
+    "pool", "quantized", "reduce", "rnn", "shape", "softmax", "warp",
 ]  # fmt: skip
