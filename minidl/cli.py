@@ -219,7 +219,7 @@ def train(
     from rich.table import Table
 
     import minidl
-    from minidl import models, nn
+    from minidl import nn
     from minidl.backend import parse_device
     from minidl.data import DataLoader
     from minidl.train import train
@@ -234,12 +234,9 @@ def train(
     batch_size = batch_size or (32 if small else 64)
     augment = epochs >= 10 if augment is None else augment
     train_set, test_set = open_data(data, root, download, augment)
-    channels, height, _ = test_set[0][0].shape
 
     minidl.manual_seed(seed)
-    shape = {} if model.startswith("resnet") else {"image_size": height}
-    network = models.get(model, num_classes=len(test_set.classes), in_channels=channels, **shape)
-    network.to(device)
+    network = network_for(model, test_set).to(device)
     ahead: dict[str, Any] = {"prefetch_thread": True, "device": device}
     train_loader = DataLoader(train_set, batch_size, shuffle=True, **ahead)
     test_loader = DataLoader(test_set, 500, **ahead)
@@ -275,6 +272,72 @@ def train(
     table.add_row("training time", f"{sum(record['seconds'] for record in log):.1f} s")
     table.add_row("written to", f"{out}/ (log.jsonl, curves.png, best.safetensors)")
     screen.print(table)
+
+
+@command
+def attack(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint in it.")],
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the data's files.", show_default="$MINIDL_DATA, or ./data"),
+    ] = None,
+    epsilon: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="How much a pixel of [0, 1] may change; may be given several times.",
+            show_default="0.01 0.02 0.05 0.1 0.15 0.2 0.25 0.3",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many test images to attack.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Of BIM and PGD.")] = 10,
+    show: Annotated[
+        float | None, typer.Option(help="The epsilon of the sheet.", show_default="the middle one")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results.", show_default="attack/ in the run")
+    ] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """See how little it takes to fool a trained network.
+
+    Attacks test images with random signs (the control), FGSM, BIM and PGD, for each epsilon, and
+    writes into OUT the table (attack.json), accuracy against epsilon (curves.png), and a sheet of
+    images before and after (sheet.png).
+    """
+    from rich.table import Table
+
+    from minidl.robustness import ATTACKS, draw_curves, draw_sheet, measure, write
+
+    use_threads(threads)
+    screen = console()
+    network, test_set, config = open_checkpoint(checkpoint, root)
+    epsilons = sorted(set(epsilon or [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]) - {0.0})
+    if not epsilons or not all(0 < e <= 1 for e in epsilons):
+        raise ValueError(f"epsilon is in (0, 1], the range of a pixel, got {epsilons or [0.0]}")
+    show = epsilons[len(epsilons) // 2] if show is None else show
+    if not 0 < show <= 1:
+        raise ValueError(f"--show is an epsilon in (0, 1], got {show}")
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    out = out or folder / "attack"
+    out.mkdir(parents=True, exist_ok=True)
+
+    screen.print(
+        f"[bold]{config['model']}[/] on {min(images, len(test_set)):,} test images of "
+        f"[bold]{config['data']}[/]; pixels from 0 to 1, clipped; {steps} steps"
+    )
+    table = Table("epsilon", *ATTACKS, box=None, header_style="bold")
+    with screen.status("attacking ...") as status:
+        rows = []
+        for row in measure(network, test_set, epsilons, images, steps, seed):
+            rows.append(row)
+            table.add_row(f"{row['epsilon']:g}", *(f"{100 * row[a]:.1f} %" for a in ATTACKS))
+            status.update(f"attacking ... epsilon {row['epsilon']:g} done")
+    screen.print(table)
+    write(rows, {"checkpoint": str(checkpoint), "steps": steps, "seed": seed, **config}, out)
+    draw_curves(rows, out / "curves.png")
+    draw_sheet(network, test_set, show, out / "sheet.png")
+    screen.print(f"written to {out}/ (attack.json, curves.png, sheet.png)")
 
 
 @command
@@ -422,6 +485,37 @@ def open_data(name: str, root: Path | None, download: bool, augment: bool) -> tu
         )
     except data.MissingDataError as error:
         raise ValueError(f"{error}\nHere: --download, or --root FOLDER that holds them") from None
+
+
+def network_for(model: str, dataset: Any) -> Any:
+    """A network with random weights, of the size that a dataset's images and classes ask for."""
+    from minidl import models
+
+    channels, height, _ = dataset[0][0].shape
+    shape = {} if model.startswith("resnet") else {"image_size": height}
+    return models.get(model, num_classes=len(dataset.classes), in_channels=channels, **shape)
+
+
+def open_checkpoint(path: Path, root: Path | None) -> tuple[Any, Any, dict[str, Any]]:
+    """What a run of `minidl train` learned: the network, its test images, its settings.
+
+    Raises:
+        ValueError: no such file, not a checkpoint of `minidl train`, or the data are not there.
+    """
+    import minidl
+
+    if path.is_dir():
+        path = path / "best.safetensors"
+    if not path.exists():
+        raise ValueError(f"{path} is not there: give a run's folder, or a checkpoint in it")
+    state = minidl.load(path)
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or not {"data", "model"} <= config.keys():
+        raise ValueError(f"{path} is not a checkpoint of `minidl train`: its config is missing")
+    _, test_set = open_data(config["data"], root, False, False)
+    network = network_for(config["model"], test_set)
+    network.load_state_dict(state["model"])
+    return network.eval(), test_set, config
 
 
 def make_optimizer(name: str, network: Any, lr: float, momentum: float, weight_decay: float) -> Any:

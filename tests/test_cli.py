@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from minidl import cli
 from minidl.data import MNIST
 
-COMMANDS = ["demo", "train", "kernels", "doctor", "bench ladder", "bench step"]
+COMMANDS = ["demo", "train", "attack", "kernels", "doctor", "bench ladder", "bench step"]
 
 
 def commands():
@@ -264,3 +264,39 @@ def test_help_is_quick():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
     )
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_attack(tmp_path):
+    run = tmp_path / "run"
+    assert call("train", "--epochs", 2, "--out", run)[0] == 0
+    code, output = call("attack", run, "--epsilon", 0.3, "--epsilon", 0.1, "--images", 100)
+    assert code == 0 and "written to" in output
+    found = json.loads((run / "attack" / "attack.json").read_text())
+    assert found["data"] == "digits" and found["steps"] == 10
+    rows = found["accuracy"]
+    assert [row["epsilon"] for row in rows] == [0.0, 0.1, 0.3]
+    assert rows[0]["fgsm"] == rows[0]["noise"] > rows[1]["fgsm"] > rows[2]["fgsm"]
+    assert rows[2]["noise"] > rows[2]["fgsm"] >= rows[2]["pgd"]
+    for picture in ("curves.png", "sheet.png"):
+        assert (run / "attack" / picture).read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again"
+    call("attack", run / "best.safetensors", "--epsilon", 0.1, "--images", 100, "--out", again)
+    assert json.loads((again / "attack.json").read_text())["accuracy"][1] == rows[1]
+
+
+def test_attack_refuses(tmp_path):
+    import minidl
+
+    for arguments, words in [
+        ([tmp_path / "nothing"], "is not there: give a run's folder"),
+        ([tmp_path / "other.safetensors"], "is not a checkpoint of `minidl train`"),
+    ]:
+        minidl.save({"a": 1}, tmp_path / "other.safetensors")
+        code, output = call("attack", *arguments)
+        assert code == cli.MISUSED and words in output
+    run = tmp_path / "run"
+    assert call("train", "--epochs", 1, "--model", "linear", "--out", run)[0] == 0
+    for arguments in (["--epsilon", -0.1], ["--epsilon", 0.1, "--show", 2]):
+        code, output = call("attack", run, *arguments)
+        assert code == cli.MISUSED and "epsilon" in output
+        assert not (run / "attack").exists()
