@@ -1,6 +1,7 @@
 """Every layer that minidl.nn exports: how to make one, and what to feed it.
 
-The same line makes PyTorch's twin: ``case.make(torch.nn)``. A layer without a case fails the suite.
+The same line makes PyTorch's twin, ``case.torch(torch.nn)``. A layer without a case fails the
+suite.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,11 @@ class Case(NamedTuple):
     make: Callable[[Any], Any]
     inputs: tuple[Any, ...]
     random: bool = False  # draws random numbers while training
+    twin: Callable[[Any], Any] | None = None  # where PyTorch has no such layer: its like in eval
+
+    def torch(self, nn: Any) -> Any:
+        """PyTorch's layer that computes the same."""
+        return (self.twin or self.make)(nn)
 
 
 def normal(*shape: int) -> Draw:
@@ -43,10 +49,15 @@ def log_simplex(*shape: int) -> Draw:
 CASES: list[Case] = []
 
 
-def case(make: Callable[[Any], Any], *inputs: Any, random: bool = False) -> None:
+def case(
+    make: Callable[[Any], Any],
+    *inputs: Any,
+    random: bool = False,
+    twin: Callable[[Any], Any] | None = None,
+) -> None:
     names = make.__code__.co_names
     same = sum(c.name.split("-")[0] == names[0] for c in CASES)
-    CASES.append(Case(f"{names[0]}-{same}", make, inputs, random))
+    CASES.append(Case(f"{names[0]}-{same}", make, inputs, random, twin))
 
 
 case(lambda nn: nn.Linear(4, 3), normal(5, 4))
@@ -88,6 +99,13 @@ case(lambda nn: nn.GroupNorm(3, 6, bias=False), normal(3, 6, 4))
 
 case(lambda nn: nn.Dropout(0.5), normal(4, 5), random=True)
 case(lambda nn: nn.Dropout2d(0.5), normal(4, 5, 3, 3), random=True)
+case(
+    lambda nn: nn.LockedDropout(0.5), normal(4, 2, 5), random=True, twin=lambda nn: nn.Dropout(0.5)
+)
+case(
+    lambda nn: nn.DropConnectLinear(4, 3), normal(5, 4), random=True,
+    twin=lambda nn: nn.Linear(4, 3),
+)  # fmt: skip
 
 case(lambda nn: nn.Embedding(7, 3), below(7, 4, 5))
 case(lambda nn: nn.Embedding(7, 3, padding_idx=-2), below(7, 4, 5))

@@ -255,6 +255,17 @@ def test_dropout_at_its_ends_and_off() -> None:
             F.dropout(x, p)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_locked_dropout_drops_a_feature_at_all_steps(batch_first: bool) -> None:
+    y = F.locked_dropout(minidl.ones(20, 30, 40), 0.25, batch_first=batch_first).numpy()
+    steps = 1 if batch_first else 0
+    assert (y == y.take([0], axis=steps)).all()
+    assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
+    assert abs((y == 0).mean() - 0.25) < 0.06
+    with pytest.raises(ValueError, match=r"\(N, T, f" if batch_first else r"\(T, N, f"):
+        F.locked_dropout(minidl.ones(3, 4), batch_first=batch_first)
+
+
 def test_dropout2d_drops_whole_channels() -> None:
     y = F.dropout2d(minidl.ones(40, 50, 3, 2), 0.25).numpy().reshape(2000, 6)
     assert np.all((y == 0).all(1) | (y == np.float32(1 / 0.75)).all(1))

@@ -550,6 +550,33 @@ def one_by_one(layer: Any, cell: Any, x: Any) -> Any:
     return minidl.stack(outputs), state
 
 
+def test_dropconnect_drops_weights():
+    layer = nn.DropConnectLinear(40, 50, p=0.25)
+    x = minidl.eye(40)
+    dropped = layer(x).numpy() - layer.bias.numpy()  # the weights that were left, transposed
+    kept = dropped != 0
+    assert abs(kept.mean() - 0.75) < 0.05
+    np.testing.assert_allclose(dropped[kept], layer.weight.numpy().T[kept] / 0.75, rtol=1e-4)
+    layer.eval()
+    assert_same(layer(x), F.linear(x, layer.weight, layer.bias))
+    with pytest.raises(ValueError, match="probability"):
+        nn.DropConnectLinear(2, 2, p=-0.1)
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_dropout_between_recurrent_layers(locked):
+    """Seen by the upper layer, an RNN that hands its input through: relu(1 · x)."""
+    rnn = nn.RNN(
+        5, 5, 2, nonlinearity="relu", bias=False, dropout=0.5, locked_dropout=locked
+    )  # fmt: skip
+    for name, parameter in rnn.named_parameters():
+        parameter.data = minidl.eye(5) if "ih" in name else minidl.zeros(5, 5)
+    y = rnn(minidl.ones(30, 4, 5))[0].numpy()
+    assert set(np.unique(y)) == {0.0, 2.0}
+    assert (y == y[:1]).all() == locked
+    assert "locked_dropout=True" in repr(rnn) or not locked
+
+
 @pytest.mark.parametrize(
     ("layer", "cell"),
     [

@@ -36,9 +36,10 @@ __all__ = [
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "conv1d", "conv2d",
     "conv_transpose2d", "cosine_similarity", "cross_entropy", "dropout", "dropout2d", "elu",
     "embedding", "gelu", "group_norm", "gru", "hardtanh", "huber_loss", "instance_norm",
-    "interpolate", "kl_div", "l1_loss", "layer_norm", "leaky_relu", "linear", "log_softmax",
-    "logsigmoid", "lstm", "max_pool2d", "mse_loss", "nll_loss", "normalize", "one_hot", "pad",
-    "relu", "relu6", "rnn", "sigmoid", "silu", "smooth_l1_loss", "softmax", "softplus", "tanh",
+    "interpolate", "kl_div", "l1_loss", "layer_norm", "leaky_relu", "linear", "locked_dropout",
+    "log_softmax", "logsigmoid", "lstm", "max_pool2d", "mse_loss", "nll_loss", "normalize",
+    "one_hot", "pad", "relu", "relu6", "rnn", "sigmoid", "silu", "smooth_l1_loss", "softmax",
+    "softplus", "tanh",
 ]  # fmt: skip
 
 
@@ -534,6 +535,23 @@ def dropout2d(
         raise ValueError(f"dropout2d takes (N, C, H, W) or (N, C, L), got {tuple(input.shape)}")
     ones = (1,) * (input.ndim - 2)
     return drop("dropout2d", input, p, training, (*input.shape[:2], *ones))
+
+
+def locked_dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, batch_first: bool = False
+) -> Tensor:
+    """Each feature of each sequence (T, N, features) is set to 0 with probability p at all steps,
+    else divided by 1 - p (Gal & Ghahramani 2016).
+
+    Raises:
+        ValueError: p is not in [0, 1]; the input has other than three dimensions.
+    """
+    if input.ndim != 3:
+        order = "(N, T, features)" if batch_first else "(T, N, features)"
+        raise ValueError(f"locked_dropout takes {order}, got {tuple(input.shape)}")
+    a, b, features = input.shape
+    mask_shape = (a, 1, features) if batch_first else (1, b, features)
+    return drop("locked_dropout", input, p, training, mask_shape)
 
 
 def drop(name: str, input: Tensor, p: float, training: bool, mask_shape: Any) -> Tensor:

@@ -45,6 +45,8 @@ class RNNBase(Module):
         bidirectional: bool = False,
         device: str | None = None,
         dtype: Any = None,
+        *,
+        locked_dropout: bool = False,
     ) -> None:
         """
         Args:
@@ -55,6 +57,8 @@ class RNNBase(Module):
             batch_first: sequences are (N, T, features) instead of (T, N, features).
             dropout: the probability of a zero between two layers, while training.
             bidirectional: a second network reads from the end; the outputs are concatenated.
+            locked_dropout: drop the same features at all steps (`LockedDropout`; Gal & Ghahramani
+                2016), not others at each, as PyTorch does.
         """
         super().__init__()
         if hidden_size < 1 or num_layers < 1:
@@ -65,7 +69,7 @@ class RNNBase(Module):
             raise ValueError(f"dropout is a probability, in [0, 1]; got {dropout}")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
-        self.bidirectional = bidirectional
+        self.bidirectional, self.locked_dropout = bidirectional, locked_dropout
         self.directions = 2 if bidirectional else 1
         rows = self.gates * hidden_size
         for layer in range(num_layers):
@@ -130,7 +134,8 @@ class RNNBase(Module):
         finals: list[list[Tensor]] = []  # for each layer and direction, its states at the end
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout:
-                x = F.dropout(x, self.dropout, self.training)
+                drop = F.locked_dropout if self.locked_dropout else F.dropout
+                x = drop(x, self.dropout, self.training)
             outputs = []
             for direction in range(self.directions):
                 w_ih, w_hh, *b = (getattr(self, n, None) for n in self.names(layer, direction))
@@ -173,6 +178,7 @@ class RNNBase(Module):
         parts += ["bias=False"] if not self.bias else []
         parts += ["batch_first=True"] if self.batch_first else []
         parts += [f"dropout={self.dropout}"] if self.dropout else []
+        parts += ["locked_dropout=True"] if self.locked_dropout else []
         parts += ["bidirectional=True"] if self.bidirectional else []
         return ", ".join(parts)
 
@@ -207,6 +213,8 @@ class RNN(RNNBase):
         bidirectional: bool = False,
         device: str | None = None,
         dtype: Any = None,
+        *,
+        locked_dropout: bool = False,
     ) -> None:
         """See `RNNBase`; `nonlinearity` is "tanh" or "relu"."""
         if nonlinearity not in ("tanh", "relu"):
@@ -214,7 +222,7 @@ class RNN(RNNBase):
         self.nonlinearity = nonlinearity
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            device, dtype,
+            device, dtype, locked_dropout=locked_dropout,
         )  # fmt: skip
 
     def run(self, x: Tensor, state: list[Any], weights: Weights, lengths: Any) -> Any:
