@@ -341,6 +341,30 @@ def attack(
 
 
 @command
+def augment(
+    image: Annotated[
+        list[Path], typer.Argument(help="An image file; a second one to mix it with.")
+    ],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("runs/augment.png"),
+    columns: Annotated[int, typer.Option(min=1, help="Versions of each transform.")] = 8,
+    size: Annotated[int, typer.Option(min=8, help="Shorter side, in pixels.")] = 96,
+    seed: Seed = 0,
+) -> None:
+    """See what each random transform makes of an image, on a contact sheet.
+
+    Ask of every row: is it still the same thing? Augment with the rows where it is.
+    """
+    import minidl
+    from minidl.data.contact_sheet import draw_contact_sheet, read_images
+
+    minidl.manual_seed(seed)
+    images = read_images(image, size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = draw_contact_sheet(images, out, columns)
+    console().print(f"{rows} transforms, {columns} versions each: written to {out}")
+
+
+@command
 def kernels(
     step: Annotated[
         str | None,

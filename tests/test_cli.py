@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from minidl import cli
 from minidl.data import MNIST
 
-COMMANDS = ["demo", "train", "attack", "kernels", "doctor", "bench ladder", "bench step"]
+COMMANDS = ["demo", "train", "attack", "augment", "kernels", "doctor", "bench ladder", "bench step"]
 
 
 def commands():
@@ -264,6 +266,25 @@ def test_help_is_quick():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
     )
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_augment(tmp_path):
+    ramp = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(64, 48, 3)
+    for name, pixels in (("a.png", ramp), ("b.png", ramp[::-1, ::-1])):
+        Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / name)
+    sheets = []
+    for i, files in enumerate([["a.png"], ["a.png", "b.png"], ["a.png", "b.png"]]):
+        out = tmp_path / f"sheets/{i}.png"
+        files = [tmp_path / file for file in files]
+        code, output = call("augment", *files, "--out", out, "--columns", 2, "--size", 16)
+        assert code == 0 and f"{12 if len(files) > 1 else 10} transforms" in output
+        sheets.append(out.read_bytes())
+    assert sheets[0] != sheets[1] and sheets[1] == sheets[2]  # the same seed
+    code, output = call("augment", tmp_path / "nothing.png")
+    assert code == 2 and "nothing.png" in output
+    (tmp_path / "text.png").write_text("no image")
+    code, output = call("augment", tmp_path / "text.png")
+    assert code == 2 and "not an image" in output
 
 
 def test_attack(tmp_path):

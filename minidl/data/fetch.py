@@ -7,7 +7,7 @@ from typing import Any
 
 from minidl.data.collate import default_collate, default_convert
 from minidl.data.dataset import batch_getter
-from minidl.data.randomness import loading
+from minidl.data.randomness import COLLATE, loading
 
 Collate = Callable[[list[Any]], Any]
 
@@ -25,12 +25,14 @@ def fetch(dataset: Any, indices: Sequence[int], collate: Collate, seed: int, epo
             return default_convert(batch)
     if hasattr(dataset, "__getitems__"):
         with loading(seed, epoch, indices):
-            return collate(dataset.__getitems__(indices))
-    samples = []
-    for index in indices:
-        with loading(seed, epoch, (index,)), noting(f"sample {index}"):
-            samples.append(dataset[index])
-    return collate(samples)
+            samples = dataset.__getitems__(indices)
+    else:
+        samples = []
+        for index in indices:
+            with loading(seed, epoch, (index,)), noting(f"sample {index}"):
+                samples.append(dataset[index])
+    with loading(seed, epoch, indices, COLLATE):  # mixup draws here
+        return collate(samples)
 
 
 class noting:

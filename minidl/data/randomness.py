@@ -24,7 +24,7 @@ import numpy as np
 from minidl.backend import random as rng
 
 # What a stream is for; word 2 of the Philox counter, so no two purposes share a number.
-SAMPLE, SHUFFLE, WORKER = 0, 1, 2
+SAMPLE, SHUFFLE, WORKER, COLLATE = 0, 1, 2, 3
 
 
 def stream(seed: int, epoch: int, purpose: int, index: int = 0) -> np.random.Generator:
@@ -54,7 +54,7 @@ def choose_seed(seed: int | None, generator: rng.Generator | None) -> int | None
 class _Loading(threading.local):
     """The samples that this thread is loading, and their generators, made when asked for."""
 
-    samples: tuple[int, int, Sequence[int]] | None = None  # seed, epoch, indices
+    samples: tuple[int, int, Sequence[int], int] | None = None  # seed, epoch, indices, purpose
     generators: list[np.random.Generator] | None = None
 
 
@@ -62,10 +62,10 @@ _loading = _Loading()
 
 
 @contextmanager
-def loading(seed: int, epoch: int, indices: Sequence[int]) -> Iterator[None]:
-    """While samples are loaded: `sample_rng` is theirs."""
+def loading(seed: int, epoch: int, indices: Sequence[int], purpose: int = SAMPLE) -> Iterator[None]:
+    """While samples are loaded (or made a batch of: COLLATE): `sample_rng` is theirs."""
     before = _loading.samples, _loading.generators
-    _loading.samples, _loading.generators = (seed, epoch, indices), None
+    _loading.samples, _loading.generators = (seed, epoch, indices, purpose), None
     try:
         yield
     finally:
@@ -92,12 +92,12 @@ def sample_rngs(count: int) -> list[np.random.Generator]:
     """
     if _loading.samples is None:
         return [rng.generator() for _ in range(count)]
-    seed, epoch, indices = _loading.samples
+    seed, epoch, indices, purpose = _loading.samples
     if len(indices) != count:
         raise RuntimeError(
             f"random numbers asked for {count} sample(s) while {len(indices)} are loaded at once: "
             "a random transform that declares `batched = True` calls sample_rngs(len(images))"
         )
     if _loading.generators is None:
-        _loading.generators = [stream(seed, epoch, SAMPLE, int(i)) for i in indices]
+        _loading.generators = [stream(seed, epoch, purpose, int(i)) for i in indices]
     return _loading.generators
