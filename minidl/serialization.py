@@ -67,16 +67,20 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
     """Read what `save` wrote, in the same nesting (a subclass of dict comes back as a dict, a
     named tuple as a tuple).
 
-    Any other safetensors file comes as a flat dict of its names and tensors. Tensors are put on
-    `device` (default: "cpu").
+    Any other safetensors file comes as a flat dict of its names and tensors, and what `torch.save`
+    wrote (.pth, .pt) as it was nested. Tensors are put on `device` (default: "cpu").
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, or no safetensors file.
+        ValueError: it is truncated, or neither kind of file; it would run code.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if read_start(path, 4) in (b"PK\3\4", b"\x80\2\x8a\n"):  # torch.save's two layouts
+        from minidl.torch_file import read_torch
+
+        return read_torch(path, device)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
@@ -101,6 +105,12 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"no tensor {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: damaged metadata ({what})") from None
+
+
+def read_start(path: Path, count: int) -> bytes:
+    """The first bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read(count)
 
 
 def _owned(array: np.ndarray) -> np.ndarray:

@@ -9,13 +9,18 @@ from typing import Any
 
 from minidl.models.resnet import resnet8, resnet18, resnet20, resnet34
 from minidl.models.small import cnn, lenet, linear, mlp
+from minidl.models.vgg import VGG, vgg11, vgg11_bn, vgg16, vgg16_bn
 from minidl.nn import Module
 
 registry: dict[str, Callable[..., Module]] = {
-    f.__name__: f for f in (linear, mlp, lenet, cnn, resnet8, resnet20, resnet18, resnet34)
-}
+    f.__name__: f
+    for f in (
+        linear, mlp, lenet, cnn, resnet8, resnet20, resnet18, resnet34,
+        vgg11, vgg11_bn, vgg16, vgg16_bn,
+    )
+}  # fmt: skip
 
-__all__ = ["get", "registry", *registry]
+__all__ = ["VGG", "get", "registry", *registry]
 
 
 def get(name: str, **kwargs: Any) -> Module:

@@ -33,9 +33,11 @@ class Module:
 
     Attributes:
         training: whether dropout drops and batch norm uses the batch's statistics; see `train`.
+        frozen: whether `train` leaves this module in eval mode (`minidl.transfer.freeze`).
     """
 
     training: bool = True
+    frozen: bool = False
     _buffers: Mapping[str, bool] = MappingProxyType({})  # name -> goes into the state_dict
     _hooks: dict[str, list[Callable[..., Any]]] | None = None
 
@@ -281,10 +283,11 @@ class Module:
     # Modes --------------------------------------------------------------------------------
 
     def train(self: Self, mode: bool = True) -> Self:
-        """Switch to training (dropout drops, batch norm uses the batch's statistics)."""
+        """Switch to training (dropout drops, batch norm uses the batch's statistics), all but
+        frozen modules."""
         if not isinstance(mode, bool):
             raise ValueError(f"train(mode) takes True or False, got {mode!r}")
-        self.training = mode
+        self.training = mode and not self.frozen
         for module in self.children():
             module.train(mode)
         return self
