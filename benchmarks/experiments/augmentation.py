@@ -67,9 +67,9 @@ def main() -> None:
     sizes = (100, 300, 1000, 5000)
     # (data set, variants, images for the table, steps, test images)
     plan = [
-        (data.CIFAR10, "CIFAR-10", CIFAR, 2000, 500),
-        (data.MNIST, "MNIST", DIGITS, 500, 300),
-        (data.FashionMNIST, "Fashion-MNIST", CLOTHES, 500, 300),
+        (data.CIFAR10, "CIFAR-10", CIFAR, 2000, 2000),
+        (data.MNIST, "MNIST", DIGITS, 500, 600),
+        (data.FashionMNIST, "Fashion-MNIST", CLOTHES, 500, 600),
     ]
     numbers: dict[str, Any] = {}
     text = [

@@ -138,6 +138,7 @@ def main() -> None:
     def note(title: str, curves: Any) -> None:
         found[title] = curves
         print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(results(curves), flush=True)
 
     train_all, test_all = data.MNIST(args.root), data.MNIST(args.root, train=False)
     source = [pretrain(grey, some(train_all, 2000, s, half), 5, before, s) for s in seeds]
@@ -180,9 +181,7 @@ def main() -> None:
     for axes, (title, curves) in zip(figure.subplots(1, len(found)), found.items()):
         plot_curves(axes, curves, title)
         axes.set(xlabel="images a class")
-        sizes = list(curves["scratch"])
-        rows = [[way, *map(mean_std, points.values())] for way, points in curves.items()]
-        text += [f"## {title}", table(["images a class", *map(str, sizes)], rows)]
+        text += [f"## {title}", results(curves)]
     text += ["![curves](transfer.png)"]
     costs = efficiency(1 if q else 3)
     text += [
@@ -196,6 +195,11 @@ def main() -> None:
     write(
         args.out, "transfer", "\n\n".join(text) + "\n", {"accuracy": found, "epoch": costs}, figure
     )
+
+
+def results(curves: dict[str, dict[int, list[float]]]) -> str:
+    rows = [[way, *map(mean_std, points.values())] for way, points in curves.items()]
+    return table(["images a class", *map(str, curves["scratch"])], rows)
 
 
 def some_first(dataset: Any, per_class: int) -> ImageDataset:

@@ -633,7 +633,7 @@ class RandAugment(RandomTransform):
             steps.append((function, -amount if signed and rng.random() < 0.5 else amount))
         return steps
 
-    apply = ColorJitter.apply
+    apply = ColorJitter.apply  # one function after the other, on each image
 
 
 # Mixing two images ------------------------------------------------------------------------
