@@ -154,3 +154,4 @@ print(minidl.source(cuda_launch.ladder))
 #
 # The fibers are in `csrc/cuda/fiber.h`, the machine in `csrc/cuda/cuda_on_cpu.h`, the counting in
 # `csrc/cuda/watch.h`; `minidl/step.py` is what this page is made of.
+# Next: `08_which_augmentation_fits_which_data.py`.

@@ -29,6 +29,7 @@ import numpy as np
 from minidl.data.collate import default_collate
 from minidl.data.randomness import sample_rngs
 from minidl.data.transforms import Compose
+from minidl.ops.warp import warp_affine
 from minidl.tensor import Tensor
 
 __all__ = [
@@ -310,35 +311,7 @@ class RandomResizedCrop(RandomTransform):
             sy, sx = height / self.size[0], width / self.size[1]
             matrix[:] = [[sx, 0, left + sx / 2 - 0.5], [0, sy, top + sy / 2 - 0.5]]
         # Beyond the border is what is on it: else the picture would darken at its edges.
-        matrices[:, :, 2] += 1
-        around = ((0, 0), (0, 0), (1, 1), (1, 1))
-        return warp(np.pad(images, around, "edge"), matrices, self.size)
-
-
-def warp(images: Array, matrices: Array, size: tuple[int, int]) -> Array:
-    """Each pixel (x, y) of the result is fetched from M (x, y, 1): a mean of the four around it.
-
-    Args:
-        images: (N, C, H, W); zeros around them.
-        matrices: (N, 2, 3), M: from places of the result to places of the image, in pixels.
-        size: (H', W') of the result.
-    """
-    n, channels, rows, columns = images.shape
-    y, x = (axis.reshape(-1).astype(np.float64) for axis in np.indices(size))
-    m = matrices[..., None]
-    from_x = m[:, 0, 0] * x + m[:, 0, 1] * y + m[:, 0, 2]  # (N, H' W')
-    from_y = m[:, 1, 0] * x + m[:, 1, 1] * y + m[:, 1, 2]
-    left, top = np.floor(from_x), np.floor(from_y)
-    pixels = images.reshape(n, channels, rows * columns)
-    out = np.zeros((n, channels, len(x)), images.dtype)
-    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        at_x, at_y = left + i, top + j
-        weight = (1 - np.abs(from_x - at_x)) * (1 - np.abs(from_y - at_y))
-        weight *= (at_x >= 0) & (at_x < columns) & (at_y >= 0) & (at_y < rows)
-        at = np.clip(at_y, 0, rows - 1) * columns + np.clip(at_x, 0, columns - 1)
-        fetched = np.take_along_axis(pixels, at.astype(np.int64)[:, None], axis=2)
-        out += fetched * weight[:, None].astype(images.dtype)
-    return out.reshape(n, channels, *size)
+        return warp_affine(images, matrices, size=self.size, padding="border")
 
 
 def warp_about_centre(images: Array, matrices: Array, fill: float = 0.0) -> Array:
@@ -347,9 +320,7 @@ def warp_about_centre(images: Array, matrices: Array, fill: float = 0.0) -> Arra
     x, y = (columns - 1) / 2, (rows - 1) / 2
     # The result asks where its pixels come from, hence the inverse.
     fetch = translation(x, y) @ np.linalg.inv(matrices) @ translation(-x, -y)
-    if fill:  # what comes in is 0 in `images - fill`
-        return warp(images - images.dtype.type(fill), fetch[:, :2], (rows, columns)) + fill
-    return warp(images, fetch[:, :2], (rows, columns))
+    return warp_affine(images, fetch[:, :2], size=(rows, columns), fill=fill)
 
 
 def rotation(degrees: float) -> Array:

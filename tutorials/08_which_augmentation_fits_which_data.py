@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 10. Which augmentation fits which data
+# # 8. Which augmentation fits which data
 #
 # You have 150 images, and would like to have more. Some changes make a new image that is still
 # *the same thing*: a photograph of a dog, mirrored, is a photograph of a dog. Others do not: a 6
@@ -188,4 +188,4 @@ print(f"with mixup: {trained(collate=mixup.collate):.1f} %")
 # 5. Write a transform of your own: a subclass of `RandomTransform` with `draw` and `apply`, ten
 #    lines. `tests/test_augment.py` tells you whether it treats a batch as it treats its images.
 #
-# `minidl/data/augment.py` holds all of it. Next: `11_when_does_transfer_learning_pay.py`.
+# `minidl/data/augment.py` holds all of it. Next: `09_when_does_transfer_learning_pay.py`.

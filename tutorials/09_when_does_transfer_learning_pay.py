@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 11. When does transfer learning pay
+# # 9. When does transfer learning pay
 #
 # Learning to see takes many images; learning what a thing is called takes few. **Transfer
 # learning** takes a network that has learned to see on one task, replaces its last layer, and
