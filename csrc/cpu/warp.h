@@ -64,7 +64,7 @@ inline void find_neighbours(const Warp& s, Index n, Index row, Index column, Ind
   };
   const auto height = static_cast<std::int32_t>(s.h), width = static_cast<std::int32_t>(s.w);
   const auto pixel = [=](std::int32_t r, std::int32_t c) {
-    return (r >= 0) & (r < height) & (c >= 0) & (c < width) ? r * width + c : -1;
+    return ((r >= 0) & (r < height) & (c >= 0) & (c < width)) ? r * width + c : -1;
   };
   to.corners = s.nearest ? 1 : 4;
   if (s.nearest) {  // of two the even one
