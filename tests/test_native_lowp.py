@@ -349,6 +349,7 @@ def test_bad_arguments(error: type[Exception], message: str, call: Callable[[], 
 # ---- Instruction sets -----------------------------------------------------------------------
 
 
+@pytest.mark.skipif("MINIDL_SANITIZE" in os.environ, reason="this run is of one instruction set")
 @pytest.mark.parametrize("isa", _native.supported_isas()[1:])
 def test_every_instruction_set(isa: str) -> None:
     """The tests above, but for this one, with the kernels that this processor would not choose."""

@@ -230,7 +230,10 @@ def test_threads() -> None:
 
 
 @needs_native
-@pytest.mark.skipif("MINIDL_ISA" in os.environ, reason="this run is of one instruction set")
+@pytest.mark.skipif(
+    bool({"MINIDL_ISA", "MINIDL_SANITIZE"} & os.environ.keys()),
+    reason="this run is of one instruction set",
+)
 @pytest.mark.parametrize("isa", native.supported_isas()[1:] if native else [])
 def test_every_instruction_set(isa: str) -> None:
     subprocess.run(
