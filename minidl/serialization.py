@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -36,7 +37,7 @@ from minidl.tensor import Tensor
 
 METADATA = "minidl"
 VERSION = 1
-DTYPES = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64"
+DTYPES = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64"
 MAX_DEPTH = 100
 
 Where = tuple[Any, ...]  # the keys and indices that lead to a value
@@ -90,7 +91,7 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
         raise ValueError(
             f"{path}: not a safetensors file, or truncated ({size:,} bytes; {error})"
         ) from None
-    except (TypeError, AttributeError, KeyError) as error:  # bfloat16 and float8
+    except (TypeError, AttributeError, KeyError) as error:  # float8
         raise ValueError(f"{path}: has a dtype that NumPy lacks ({error})") from None
     tensors = {
         name: Tensor(backend.to_device(array, device or "cpu")) for name, array in arrays.items()

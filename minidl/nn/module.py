@@ -264,7 +264,7 @@ class Module:
                 problems.append(
                     f"size mismatch for {name}: expected {tensor.shape}, received {array.shape}"
                 )
-            elif (array.dtype.kind in "fV") != (tensor.dtype.kind == "f"):
+            elif (array.dtype.kind in "fV") != (tensor.dtype.kind in "fV"):
                 problems.append(
                     f"dtype mismatch for {name}: expected {tensor.dtype}, received {array.dtype}"
                 )
