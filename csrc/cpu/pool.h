@@ -10,63 +10,104 @@
 
 namespace minidl::MINIDL_ISA {
 
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// At least a block of them in a row, see below.
 inline bool side_by_side_2x2(const Pool2d& p) {
   return p.kh == 2 && p.kw == 2 && p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 0 &&
          p.pad_w == 0 && p.dilation_h == 1 && p.dilation_w == 1 && 2 * p.oh <= p.h &&
-         2 * p.ow <= p.w;
+         2 * p.ow <= p.w && p.ow >= 4;
 }
 
-// 2x2 windows side by side: no window reaches over an edge, and a row is computed without a branch.
-template <class T>
-inline void max_pool_2x2_row(const T* __restrict above, const T* __restrict below, Index columns,
-                             std::int32_t at, std::int32_t width, T* __restrict y,
-                             std::int32_t* __restrict index) {
-  for (Index q = 0; q < columns; ++q) {
-    const T candidate[3] = {above[2 * q + 1], below[2 * q], below[2 * q + 1]};
-    const std::int32_t first = at + 2 * static_cast<std::int32_t>(q);
-    const std::int32_t position[3] = {first + 1, first + width, first + width + 1};
-    T best = above[2 * q];
-    std::int32_t winner = first;
-    for (int i = 0; i < 3; ++i) {
-      const bool wins = (candidate[i] > best) | (candidate[i] != candidate[i]);
-      best = wins ? candidate[i] : best;
-      winner = wins ? position[i] : winner;
+// N windows of 2x2 side by side, a register for each of their four corners: no window reaches over
+// an edge, and no branch is taken. (Which pixel wins is a coin toss: a branch would be wrong
+// often.)
+template <class T, int N>
+struct Windows2x2 {
+  typedef T Vec __attribute__((vector_size(N * sizeof(T))));
+  Vec a, b, c, d;  // upper left, upper right, lower left, lower right
+
+  Windows2x2(const T* above, const T* below) {
+    split(above, a, b);
+    split(below, c, d);
+  }
+
+  static MINIDL_INLINE auto wins(Vec next, Vec best) { return (next > best) | (next != next); }
+
+  MINIDL_INLINE void largest(T* y) const {
+    const Vec of_above = wins(b, a) ? b : a, of_three = wins(c, of_above) ? c : of_above;
+    const Vec best = wins(d, of_three) ? d : of_three;
+    std::memcpy(y, &best, sizeof best);
+  }
+
+  // The winner is found again, and all four pixels are written.
+  MINIDL_INLINE void gradient(const T* from, T* to_above, T* to_below) const {
+    const auto b_wins = wins(b, a);
+    const Vec of_above = b_wins ? b : a;
+    const auto c_wins = wins(c, of_above);
+    const Vec of_three = c_wins ? c : of_above;
+    const auto d_wins = wins(d, of_three), below = c_wins | d_wins;
+    Vec g;
+    const Vec zero = {};
+    std::memcpy(&g, from, sizeof g);
+    join(below | b_wins ? zero : g, below | ~b_wins ? zero : g, to_above);
+    join(c_wins & ~d_wins ? g : zero, d_wins ? g : zero, to_below);
+  }
+
+ private:
+  static MINIDL_INLINE void split(const T* p, Vec& even, Vec& odd) {
+    Vec low, high;
+    std::memcpy(&low, p, sizeof low);
+    std::memcpy(&high, p + N, sizeof high);
+#if defined(__clang__) || __GNUC__ >= 12
+    if constexpr (N == 8) {
+      even = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
+      odd = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
+      return;
+    } else if constexpr (N == 4) {
+      even = __builtin_shufflevector(low, high, 0, 2, 4, 6);
+      odd = __builtin_shufflevector(low, high, 1, 3, 5, 7);
+      return;
     }
-    y[q] = best;
-    index[q] = winner;
+#endif
+    for (int i = 0; i < N; ++i) even[i] = p[2 * i], odd[i] = p[2 * i + 1];
   }
-}
+  static MINIDL_INLINE void join(Vec even, Vec odd, T* p) {
+#if defined(__clang__) || __GNUC__ >= 12
+    if constexpr (N == 8) {
+      const Vec low = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
+      const Vec high = __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
+      std::memcpy(p, &low, sizeof low);
+      std::memcpy(p + N, &high, sizeof high);
+      return;
+    } else if constexpr (N == 4) {
+      const Vec low = __builtin_shufflevector(even, odd, 0, 4, 1, 5);
+      const Vec high = __builtin_shufflevector(even, odd, 2, 6, 3, 7);
+      std::memcpy(p, &low, sizeof low);
+      std::memcpy(p + N, &high, sizeof high);
+      return;
+    }
+#endif
+    for (int i = 0; i < N; ++i) p[2 * i] = even[i], p[2 * i + 1] = odd[i];
+  }
+};
 
-// The same where nobody asks who won.
-template <class T>
-inline void max_pool_2x2_row(const T* __restrict above, const T* __restrict below, Index columns,
-                             T* __restrict y) {
-  const auto larger_or_nan = [](T best, T next) {
-    return ((next > best) | (next != next)) ? next : best;
+// f(first window, so many windows) until a row of them is done. The last block may reach back over
+// the one before it, and then finds the same again: so no row has a rest.
+template <class F>
+MINIDL_INLINE void for_blocks(Index columns, const F& f) {
+  const auto blocks_of = [&](auto size) {
+    constexpr Index n = decltype(size)::value;
+    for (Index q = 0; q + n <= columns; q += n) f(q, size);
+    if (columns % n) f(columns - n, size);
   };
-  for (Index q = 0; q < columns; ++q) {
-    T best = larger_or_nan(above[2 * q], above[2 * q + 1]);
-    best = larger_or_nan(best, below[2 * q]);
-    y[q] = larger_or_nan(best, below[2 * q + 1]);
-  }
-}
-
-// The gradient of such a row: the winner is found again, and all four pixels are written.
-template <class T>
-inline void max_pool_2x2_gradient_row(const T* __restrict above, const T* __restrict below,
-                                      Index columns, const T* __restrict g, T* __restrict to_above,
-                                      T* __restrict to_below) {
-  for (Index q = 0; q < columns; ++q) {
-    const T a = above[2 * q], b = above[2 * q + 1], c = below[2 * q], d = below[2 * q + 1];
-    const bool b_wins = (b > a) | (b != b);
-    const T of_above = b_wins ? b : a;
-    const bool c_wins = (c > of_above) | (c != c);
-    const T of_three = c_wins ? c : of_above;
-    const bool d_wins = (d > of_three) | (d != d), in_above = !(c_wins | d_wins);
-    to_above[2 * q] = (in_above & !b_wins) ? g[q] : T(0);
-    to_above[2 * q + 1] = (in_above & b_wins) ? g[q] : T(0);
-    to_below[2 * q] = (c_wins & !d_wins) ? g[q] : T(0);
-    to_below[2 * q + 1] = d_wins ? g[q] : T(0);
+  if (columns >= 8) {
+    blocks_of(Constant<8>{});
+  } else {
+    blocks_of(Constant<4>{});
   }
 }
 
@@ -100,18 +141,17 @@ void for_planes(Index planes, const F& f) {
 // `index` may be null.
 template <class T>
 void max_pool2d(const Pool2d& p, const T* x, T* y, std::int32_t* index) {
-  const bool is_2x2 = side_by_side_2x2(p);
+  const bool is_2x2 = side_by_side_2x2(p) && !index;
   for_planes(p.planes, [&](Index plane) {
     const T* in = x + plane * p.h * p.w;
     T* out = y + plane * p.oh * p.ow;
     std::int32_t* winners = index ? index + plane * p.oh * p.ow : nullptr;
     for (Index row = 0; row < p.oh; ++row) {
-      const T* above = in + 2 * row * p.w;
-      if (is_2x2 && winners) {
-        max_pool_2x2_row(above, above + p.w, p.ow, static_cast<std::int32_t>(2 * row * p.w),
-                         static_cast<std::int32_t>(p.w), out + row * p.ow, winners + row * p.ow);
-      } else if (is_2x2) {
-        max_pool_2x2_row(above, above + p.w, p.ow, out + row * p.ow);
+      if (is_2x2) {
+        const T *above = in + 2 * row * p.w, *below = above + p.w;
+        for_blocks(p.ow, [&](Index q, auto n) {
+          Windows2x2<T, n.value>(above + 2 * q, below + 2 * q).largest(out + row * p.ow + q);
+        });
       } else {
         for (Index q = row * p.ow; q < (row + 1) * p.ow; ++q) {
           const Index winner = winner_of_window(p, in, row, q - row * p.ow);
@@ -134,8 +174,11 @@ void max_pool2d_gradient(const Pool2d& p, const T* x, const T* g, T* gx) {
     if (!all_covered) std::memset(out, 0, static_cast<std::size_t>(p.h * p.w) * sizeof(T));
     for (Index row = 0; row < p.oh; ++row, from += p.ow) {
       if (is_2x2) {
-        const Index above = 2 * row * p.w, below = above + p.w;
-        max_pool_2x2_gradient_row(in + above, in + below, p.ow, from, out + above, out + below);
+        for_blocks(p.ow, [&](Index q, auto n) {
+          const Index above = 2 * (row * p.w + q), below = above + p.w;
+          Windows2x2<T, n.value>(in + above, in + below)
+              .gradient(from + q, out + above, out + below);
+        });
       } else {
         for (Index q = 0; q < p.ow; ++q) out[winner_of_window(p, in, row, q)] += from[q];
       }
