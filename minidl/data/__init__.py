@@ -5,6 +5,7 @@ same whoever loads it.
 """
 
 from minidl.data import datasets, transforms
+from minidl.data.captions import CaptionDataset, CocoCaptions, Flickr8k
 from minidl.data.cifar import CIFAR10
 from minidl.data.collate import default_collate, default_convert
 from minidl.data.dataset import (
@@ -24,6 +25,7 @@ from minidl.data.mnist import MNIST, FashionMNIST, read_idx
 from minidl.data.npz import NPZ
 from minidl.data.randomness import sample_rng, sample_rngs
 from minidl.data.sampler import BatchSampler, RandomSampler, Sampler, SequentialSampler
+from minidl.data.scenes import ShapeScenes
 from minidl.data.workers import WorkerInfo, get_worker_info
 
 __all__ = [
@@ -31,12 +33,15 @@ __all__ = [
     "MNIST",
     "NPZ",
     "BatchSampler",
+    "CaptionDataset",
+    "CocoCaptions",
     "ConcatDataset",
     "DataError",
     "DataLoader",
     "Dataset",
     "Digits",
     "FashionMNIST",
+    "Flickr8k",
     "ImageDataset",
     "ImageFolder",
     "IterableDataset",
@@ -44,6 +49,7 @@ __all__ = [
     "RandomSampler",
     "Sampler",
     "SequentialSampler",
+    "ShapeScenes",
     "Subset",
     "TensorDataset",
     "WorkerInfo",
