@@ -5,6 +5,7 @@ Where to read first: `model.py`; then `decoding.py`.
 
 from minidl.captioning.batches import BucketSampler, CaptionBatch, CaptionPairs, caption_loader
 from minidl.captioning.decoding import Hypothesis, beam_search, greedy, sample
+from minidl.captioning.metrics import corpus_bleu
 from minidl.captioning.model import (
     Captioner,
     Encoder,
@@ -18,5 +19,5 @@ from minidl.captioning.vocabulary import Vocabulary, tokenize
 __all__ = [
     "BucketSampler", "CaptionBatch", "CaptionPairs", "Captioner", "Encoder", "Hypothesis",
     "ShowAndTell", "ShowAttend", "Vocabulary", "beam_search", "caption_loader", "convolutions",
-    "greedy", "sample", "tokenize", "trunk",
+    "corpus_bleu", "greedy", "sample", "tokenize", "trunk",
 ]  # fmt: skip
