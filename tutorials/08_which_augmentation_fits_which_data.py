@@ -49,7 +49,7 @@ for axes, (name, transform) in zip(grid, candidates.items(), strict=True):
         axis.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
     axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
-figure.savefig(FIGURES / "10_sheet.png", dpi=120)
+figure.savefig(FIGURES / "08_sheet.png", dpi=120)
 
 # %% [markdown]
 # ## How it works
@@ -143,7 +143,7 @@ colors = ["grey" if name == "nothing" else "tab:blue" for name in order]
 axes.barh(order, [means[name] for name in order], color=colors)
 axes.axvline(means["nothing"], color="grey", linestyle=":")
 axes.set(xlabel="test accuracy (%)", xlim=(min(means.values()) - 5, 100))
-figure.savefig(FIGURES / "10_accuracy.png", dpi=120)
+figure.savefig(FIGURES / "08_accuracy.png", dpi=120)
 
 # %% [markdown]
 # | data | what does not matter | what does |
@@ -173,7 +173,7 @@ for axes, mix in zip(grid, (mixup, cutmix), strict=True):
         axis.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(f"{label[6]:.0%} six, {label[2]:.0%} two", fontsize=8)
         axis.axis("off")
-figure.savefig(FIGURES / "10_mixed.png", dpi=120)
+figure.savefig(FIGURES / "08_mixed.png", dpi=120)
 
 print(minidl.source(augment.MixUp))
 print(f"with mixup: {trained(collate=mixup.collate):.1f} %")

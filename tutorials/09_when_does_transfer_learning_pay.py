@@ -198,7 +198,7 @@ for way, values in scores.items():
 axes.set(xscale="log", xlabel="images a class", ylabel="test accuracy (%)")
 axes.set_xticks(SIZES, [str(n) for n in SIZES])
 axes.legend(frameon=False)
-figure.savefig(FIGURES / "11_transfer.png", dpi=120)
+figure.savefig(FIGURES / "09_transfer.png", dpi=120)
 
 # %% [markdown]
 # With few images the learned features win by far, against scratch and against the control: the
