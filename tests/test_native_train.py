@@ -100,7 +100,8 @@ def results() -> list[Array]:
         found += _native.standardize_gradient(b, a, weight, dim, 1e-5, mean, var) or ()
     found.append(_native.softmax_gradient(to_rows, _native.softmax(rows, 1), 1))
     found.append(_native.cross_entropy(rows, rng.integers(-1, 701, 70), None, 0.1))
-    found.append(dropout(x, p=0.3, key=Key(5, 7)))
+    for mask_shape in (None, (9, 5, 1, 1), (9, 5, 31, 1), (1, 1, 31, 33)):
+        found.append(dropout(x, p=0.3, key=Key(5, 7), mask_shape=mask_shape))
     found.append(_native.max_pool2d_gradient(normal(9, 5, 15, 16), x, (2, 2), (2, 2)))
     a, w_hh, first = normal(4 * 37, 5 * 53), normal(4 * 37, 37), normal(2, 53, 37)
     states, kept = _native.recurrent("lstm", a, w_hh, None, None, first, None, True)

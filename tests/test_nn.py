@@ -484,6 +484,43 @@ def test_dropout(p):
         nn.Dropout(1.5)
 
 
+# A probability is `p`, or `dropout` of recurrent layers.
+every_dropout = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.random], ids=lambda case: case.name
+)
+
+
+def dropping(case: Case, p: float) -> nn.Module:
+    layer = case.make(nn)
+    name = "p" if hasattr(layer, "p") else "dropout"
+    assert getattr(layer, name) == 0.5  # also the default, where there is one
+    setattr(layer, name, p)
+    return layer
+
+
+@every_dropout
+def test_at_0_nothing_is_dropped_and_nothing_drawn(case):
+    layer, inputs = dropping(case, 0.0), tensors(case)
+    before = minidl.get_rng_state()
+    outputs = layer(*inputs)
+    assert_same(minidl.get_rng_state(), before)
+    assert_same(layer.eval()(*inputs), outputs)
+
+
+@every_dropout
+def test_at_1_everything_is_dropped(case):
+    """The same output for any input, and no gradient."""
+    layer, inputs = dropping(case, 1.0), tensors(case)
+    inputs[0].requires_grad = True
+    output = flat(layer(*inputs))[0]
+    other = flat(layer(inputs[0] * 100 + 1, *inputs[1:]))[0]
+    assert np.isfinite(output.numpy()).all()
+    assert_same(other, output)
+    output.sum().backward()
+    assert (inputs[0].grad.numpy() == 0).all()
+    assert all(np.isfinite(p.grad.numpy()).all() for p in layer.parameters() if p.grad is not None)
+
+
 def test_embedding():
     layer = nn.Embedding(5, 3, padding_idx=1)
     assert not layer.weight.array[1].any()

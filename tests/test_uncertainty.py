@@ -46,8 +46,10 @@ def test_uncertain_but_agreed():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Dropout2d(0.5), nn.DropConnectLinear(4, 4), nn.LockedDropout(0.5)]
-)
+    "layer",
+    [nn.Dropout2d(0.5), nn.DropConnectLinear(4, 4), nn.LockedDropout(0.5),
+     nn.GRU(4, 4, 2, dropout=0.5)],
+)  # fmt: skip
 def test_every_kind_of_dropout_counts(layer):
     class Net(nn.Module):
         def __init__(self):
@@ -55,7 +57,8 @@ def test_every_kind_of_dropout_counts(layer):
             self.layer = layer
 
         def forward(self, x):
-            return self.layer(x).flatten(1)
+            y = self.layer(x)
+            return (y[0] if isinstance(y, tuple) else y).flatten(1)
 
     minidl.manual_seed(0)
     found = mc_dropout(Net(), minidl.randn(6, 4, 4), samples=8)

@@ -389,7 +389,8 @@ def test_random_numbers_are_the_same_on_every_device(seed: int) -> None:
         x = minidl.ones(3, 4, 5, 5, device=device)
         draws = [
             minidl.rand(5, device=device), minidl.randn(5, device=device), F.dropout(x, 0.3),
-            F.dropout2d(x, 0.3), minidl.empty(4, device=device).normal_(),
+            F.dropout2d(x, 0.3), F.locked_dropout(x[0], 0.3), F.dropout(x, 1.0),
+            minidl.empty(4, device=device).normal_(),
         ]  # fmt: skip
         found.append([t.cpu().numpy() for t in draws])
     reg.assert_same_bits(found[1], found[0])
