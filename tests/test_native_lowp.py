@@ -130,6 +130,11 @@ LAYERS = [  # several blocks of the sum, many panels, images that share a panel
     Conv((2, 3, 60, 61), (16, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1),
     Conv((2, 48, 17, 17), (48, 1, 3, 3), (1, 1), (1, 1), (1, 1), 48),
     Conv((2, 1500, 8, 9), (50, 1500, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    # one channel in each group: two words to a row of taps, lines sorted by the strides, an image
+    # smaller than its border, more output than one run
+    Conv((2, 3, 23, 31), (6, 1, 3, 7), (3, 2), (2, 5), (2, 3), 3),
+    Conv((1, 1, 2, 1), (33, 1, 5, 5), (1, 3), (3, 4), (1, 1), 1),
+    Conv((3, 1, 28, 28), (32, 1, 3, 3), (1, 1), (1, 1), (1, 1), 1),
 ]
 
 

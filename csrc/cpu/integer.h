@@ -1,4 +1,4 @@
-// Products and convolutions of bytes, summed up exactly in 32 bits.
+// Products of bytes, summed up exactly in 32 bits. (Convolutions: conv_integer.h.)
 //
 // A quantized number q stands for scale * (q - zero). What is wanted is
 //
@@ -14,7 +14,6 @@
 // All of that may wrap around in 32 bits: if C itself fits, so does the outcome.
 #pragma once
 
-#include "conv.h"
 #include "gemm.h"
 
 namespace minidl::MINIDL_ISA {
@@ -110,7 +109,8 @@ struct BytesRight {
 
 // ---- The epilogue -----------------------------------------------------------------------------
 
-// Takes the zero points off (their terms may be null: nothing to take off) and finishes the sum.
+// Takes the zero points off (their terms may be null: nothing to take off) and finishes the sum, a
+// vector at a time: with few bytes to add up for each output, this is what costs.
 template <class R, bool kChannelIsRow>
 struct FinishIntegers {
   using Result = R;
@@ -121,60 +121,75 @@ struct FinishIntegers {
   Index channel0;
 
   void finish(Index i, Index j, Index n, const std::int32_t* sum, R* c) const {
-    std::int32_t v[kTileColumns<Word>];
     const Index channel = channel0 + (kChannelIsRow ? i : j);
-    std::int32_t row = right_zero ? 0 : wrapping_product(left_sum[i], right_zero_of_all);
-    if (kChannelIsRow && how.bias) row = wrapping_difference(row, how.bias[channel]);
-    for (Index t = 0; t < n; ++t) v[t] = wrapping_difference(sum[t], row);
-    if (left_zero && left_zero[i] != 0) {
-      for (Index t = 0; t < n; ++t) {
-        v[t] = wrapping_difference(v[t], wrapping_product(left_zero[i], right_sum[j + t]));
-      }
-    }
-    if (right_zero) {
-      for (Index t = 0; t < n; ++t) {
-        v[t] = wrapping_difference(v[t], wrapping_product(left_sum[i], right_zero[j + t]));
-      }
-    }
-    if (!kChannelIsRow && how.bias) {
-      for (Index t = 0; t < n; ++t) {
-        v[t] = wrapping_difference(v[t], wrapping_difference(0, how.bias[channel + t]));
-      }
-    }
-    if constexpr (is_same<R, std::int32_t>) {
-      for (Index t = 0; t < n; ++t) c[t] = how.relu && v[t] < 0 ? 0 : v[t];
-    } else {
-      float scaled[kTileColumns<Word>];
-      if (kChannelIsRow) {
-        const float scale = how.scale[channel];
-        for (Index t = 0; t < n; ++t) scaled[t] = static_cast<float>(v[t]) * scale;
+    const Finish to = how;  // a copy: for all the compiler knows, c is part of this object
+    const std::int32_t *const of_columns = right_sum, *const zeros = right_zero;
+    const auto left = static_cast<std::uint32_t>(left_zero ? left_zero[i] : 0);
+    const auto total = static_cast<std::uint32_t>(zeros || right_zero_of_all ? left_sum[i] : 0);
+    std::uint32_t row = zeros ? 0 : total * static_cast<std::uint32_t>(right_zero_of_all);
+    if (kChannelIsRow && to.bias) row -= static_cast<std::uint32_t>(to.bias[channel]);
+    Vec<float> scale = Vec<float>{} + (kChannelIsRow && to.scale ? to.scale[channel] : 0);
+    constexpr int least = is_same<R, std::int8_t> ? -128 : 0;
+    const Vec<float> low = Vec<float>{} + static_cast<float>(to.relu ? 0 : least - to.zero);
+    const Vec<float> high = Vec<float>{} + static_cast<float>(least + 255 - to.zero);
+
+    const auto finish_vector = [&](Index t, Index count) __attribute__((always_inline)) {
+      Wrapping v = load_some<Wrapping>(sum + t, count) - row;
+      if (left != 0) v -= load_some<Wrapping>(of_columns + j + t, count) * left;
+      if (zeros) v -= load_some<Wrapping>(zeros + j + t, count) * total;
+      if (!kChannelIsRow && to.bias) v += load_some<Wrapping>(to.bias + channel + t, count);
+      const auto exact = (Vec<std::int32_t>)v;
+      if constexpr (is_same<R, std::int32_t>) {
+        store_some(c + t, count, to.relu ? (exact < 0 ? Vec<R>{} : exact) : exact);
       } else {
-        for (Index t = 0; t < n; ++t) scaled[t] = static_cast<float>(v[t]) * how.scale[channel + t];
+        if (!kChannelIsRow) scale = load_some<Vec<float>>(to.scale + channel + t, count);
+        const Vec<float> y = __builtin_convertvector(exact, Vec<float>) * scale;
+        if constexpr (is_same<R, float>) {
+          store_some(c + t, count, y);
+        } else {
+          // Saturate first, so that adding and taking off 1.5 * 2^23 rounds to an integer, half to
+          // even.
+          constexpr float kRound = 12582912.0f;
+          const Vec<float> above = y < low ? low : y, inside = above > high ? high : above;
+          const auto q = __builtin_convertvector(inside + kRound - kRound, Vec<std::int32_t>);
+          store_some(c + t, count, __builtin_convertvector(q + to.zero, Narrow));
+        }
       }
-      store_scaled(channel, n, scaled, c);
+    };
+    Index t = 0;
+    for (; t + kLanes<Word> <= n; t += kLanes<Word>) finish_vector(t, kLanes<Word>);
+    if (t < n) finish_vector(t, n - t);
+    if constexpr (is_same<R, float>) {
+      // In a loop of its own, so that product and sum are rounded each, as in the formula.
+      for (t = 0; to.offset && t < n; ++t) c[t] += to.offset[channel + (kChannelIsRow ? 0 : t)];
+      for (t = 0; to.relu && t < n; ++t) c[t] = c[t] < 0 ? 0 : c[t];
     }
   }
 
  private:
-  void store_scaled(Index channel, Index n, const float* scaled, float* c) const {
-    for (Index t = 0; t < n; ++t) {
-      const float y =
-          how.offset ? scaled[t] + how.offset[kChannelIsRow ? channel : channel + t] : scaled[t];
-      c[t] = how.relu && y < 0 ? 0 : y;
+  typedef std::uint32_t Wrapping __attribute__((vector_size(kVectorBytes)));
+  typedef R Narrow __attribute__((vector_size(kLanes<Word> * sizeof(R))));
+
+  template <class V, class T>
+  static MINIDL_INLINE V load_some(const T* p, Index n) {
+    V v;
+    if (n >= kLanes<Word>) {
+      std::memcpy(&v, p, sizeof v);
+    } else {
+      T last[kLanes<Word>] = {};
+      for (Index t = 0; t < n; ++t) last[t] = p[t];
+      std::memcpy(&v, last, sizeof v);
     }
+    return v;
   }
 
-  template <class Byte>
-  void store_scaled(Index, Index n, const float* scaled, Byte* c) const {
-    // Saturate first, so that adding and taking off 1.5 * 2^23 rounds to an integer, half to even.
-    constexpr float kRound = 12582912.0f;
-    constexpr int least = is_same<Byte, std::int8_t> ? -128 : 0;
-    const float low = static_cast<float>(how.relu ? 0 : least - how.zero);
-    const float high = static_cast<float>(least + 255 - how.zero);
-    for (Index t = 0; t < n; ++t) {
-      float y = scaled[t] < low ? low : scaled[t];
-      y = y > high ? high : y;
-      c[t] = static_cast<Byte>(static_cast<std::int32_t>(y + kRound - kRound) + how.zero);
+  static MINIDL_INLINE void store_some(R* p, Index n, Narrow v) {
+    if (n >= kLanes<Word>) {
+      std::memcpy(p, &v, sizeof v);
+    } else {
+      R last[kLanes<Word>];
+      std::memcpy(last, &v, sizeof v);
+      for (Index t = 0; t < n; ++t) p[t] = last[t];
     }
   }
 };
@@ -251,124 +266,6 @@ inline void matmul_integer(Index m, Index n, Index k, Bytes a, const std::int32_
         any_zero ? zero.get() : nullptr, w.sum, sum.get(), w.zero, 0, how, 0};
     gemm<Word>(m, n, divide_up(k, 4), 1, BytesLeft{a, k},
                PackedRight<Word>{w.words, packed_width(n)}, MatrixOut<R>{result, n}, finish);
-  });
-}
-
-// ---- Convolution ------------------------------------------------------------------------------
-//
-// Channels four at a time are the bytes of a word, so an image of bytes is an image of words with a
-// quarter of the channels, and convolution is what it is in conv.h.
-
-inline void pack_conv(const Conv2d& p, Bytes w, PackedBytes packed) {
-  const Index c = p.c / p.groups, o = p.o / p.groups, taps = p.kh * p.kw, words = divide_up(c, 4);
-  const std::uint8_t flip = to_signed(w.is_signed);
-  const Scratch<Word> turned(p.o * words * taps);  // [o][c / 4][tap]
-  parallel_for(p.o, [&](Index i) {
-    const std::uint8_t* src = w.data + i * c * taps;
-    std::int32_t sum = 0;
-    for (Index q = 0; q < c * taps; ++q) sum += static_cast<std::int8_t>(src[q] ^ flip);
-    packed.zero[i] -= flip;
-    packed.sum[i] = wrapping_difference(
-        sum, wrapping_product(static_cast<std::int32_t>(c * taps), packed.zero[i]));
-    for (Index q = 0; q < words; ++q) {
-      for (Index t = 0; t < taps; ++t) {
-        turned.get()[(i * words + q) * taps + t] =
-            word_of(src + 4 * q * taps + t, taps, c - 4 * q, flip);
-      }
-    }
-  });
-  const Scratch<Index> at(taps);
-  for (Index t = 0; t < taps; ++t) at.get()[t] = t;
-  for (Index group = 0; group < p.groups; ++group) {
-    const Index first = group * o * words * taps;
-    const Weights<Word> weights{turned.get() + first, words * taps, taps, at.get(), taps};
-    pack_left(o, words * taps, taps, weights, packed.words + first);
-  }
-}
-
-// For each output pixel of a group: the sum of the bytes that it sees, those outside the image too.
-inline void sum_patches(const Conv2d& p, const Word* x, Index image_stride, Index words,
-                        std::int32_t border, std::int32_t* sum) {
-  const Scratch<std::int32_t> plane(p.n * p.h * p.w);
-  parallel_for(p.n, [&](Index image) {
-    for (Index q = 0; q < p.h * p.w; ++q) {
-      std::int32_t of_pixel = 0;
-      for (Index word = 0; word < words; ++word) {
-        const auto bits =
-            static_cast<std::uint32_t>(x[image * image_stride + word * p.h * p.w + q]);
-        for (int byte = 0; byte < 4; ++byte) of_pixel += bits >> 8 * byte & 255;
-      }
-      plane.get()[image * p.h * p.w + q] = of_pixel;
-    }
-    for (Index q = 0; q < p.oh * p.ow; ++q) {
-      std::int32_t of_patch = 0;
-      for (Index t = 0; t < p.kh * p.kw; ++t) {
-        const Index row = q / p.ow * p.stride_h - p.pad_h + t / p.kw * p.dilation_h;
-        const Index col = q % p.ow * p.stride_w - p.pad_w + t % p.kw * p.dilation_w;
-        const bool inside = row >= 0 && row < p.h && col >= 0 && col < p.w;
-        of_patch += inside ? plane.get()[(image * p.h + row) * p.w + col] : border;
-      }
-      sum[image * p.oh * p.ow + q] = of_patch;
-    }
-  });
-}
-
-inline void conv_integer(const Conv2d& p, Bytes x, std::int32_t x_zero, PackedBytes w,
-                         const Finish& how, void* y) {
-  const Index c = p.c / p.groups, o = p.o / p.groups, taps = p.kh * p.kw, words = divide_up(c, 4);
-  const Index pixels = p.h * p.w, out_pixels = p.oh * p.ow;
-  const std::uint8_t flip = to_unsigned(x.is_signed);
-  x_zero += flip;
-
-  const Scratch<Word> image(p.n * p.groups * words * pixels);
-  parallel_for(p.n * p.groups * words, [&](Index job) {
-    const Index of_group = job % words, plane = job / words * c + 4 * of_group;
-    const Index count = smaller(4, c - 4 * of_group);
-    const std::uint8_t* src = x.data + plane * pixels;
-    Word* dst = image.get() + job * pixels;
-    Index q = 0;
-    for (; q + kLanes<Word> <= pixels; q += kLanes<Word>) {
-      Vec<Word> word = load_bytes(src + q) ^ flip;
-      for (Index i = 1; i < count; ++i) {
-        word |= (load_bytes(src + i * pixels + q) ^ flip) << static_cast<int>(8 * i);
-      }
-      store(dst + q, word);
-    }
-    for (; q < pixels; ++q) dst[q] = word_of(src + q, pixels, count, flip);
-  });
-
-  bool any_zero = false;
-  for (Index i = 0; i < p.o; ++i) any_zero |= w.zero[i] != 0;
-  const Scratch<std::int32_t> patch(any_zero ? p.n * out_pixels : 0);
-  const Scratch<Index> down(p.kh), right(p.kw);
-  for (Index r = 0; r < p.kh; ++r) down.get()[r] = r * p.dilation_h - p.pad_h;
-  for (Index s = 0; s < p.kw; ++s) right.get()[s] = s * p.dilation_w - p.pad_w;
-  const Word border = static_cast<Word>(static_cast<std::uint32_t>(x_zero) * 0x01010101u);
-
-  with_result(how.type, y, [&](auto* result) {
-    using R = typename Pointee<decltype(result)>::Type;
-    for (Index group = 0; group < p.groups; ++group) {
-      const Word* first = image.get() + group * words * pixels;
-      const Index image_stride = p.groups * words * pixels;
-      if (any_zero) {
-        sum_patches(p, first, image_stride, words, static_cast<std::int32_t>(c) * x_zero,
-                    patch.get());
-      }
-      const Im2col<Word> columns(first, image_stride, p.h, p.w, p.oh, p.ow,
-                                 {down.get(), p.kh, p.stride_h}, {right.get(), p.kw, p.stride_w},
-                                 border);
-      const Pixels<R> out{
-          result + group * o * out_pixels, p.o * out_pixels, out_pixels, p.oh, p.ow, p.ow, 1, 1};
-      const FinishIntegers<R, true> finish{any_zero ? w.zero + group * o : nullptr,
-                                           patch.get(),
-                                           w.sum + group * o,
-                                           nullptr,
-                                           x_zero,
-                                           how,
-                                           group * o};
-      gemm_packed<Word>(o, p.n * out_pixels, words * taps, taps, w.words + group * o * words * taps,
-                        columns, out, finish);
-    }
   });
 }
 

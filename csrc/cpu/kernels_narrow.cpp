@@ -1,5 +1,5 @@
 // Products of bytes, and with weights that are packed beforehand, for one instruction set.
-#include "integer.h"
+#include "conv_integer.h"
 #include "weights.h"
 
 namespace minidl::MINIDL_ISA {

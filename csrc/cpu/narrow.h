@@ -130,10 +130,18 @@ struct Widen<float, std::int8_t> {
 
 // As many unsigned bytes as there are lanes, one a lane.
 MINIDL_INLINE Vec<std::int32_t> load_bytes(const std::uint8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec<std::int32_t>)_mm512_maskz_cvtepu8_epi32(0xffff, narrow);
+#elif defined(__AVX2__)
+  const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (Vec<std::int32_t>)_mm256_cvtepu8_epi32(narrow);
+#else
   typedef std::uint8_t Byte __attribute__((vector_size(kVectorBytes / 4)));
   Byte narrow;
   std::memcpy(&narrow, p, sizeof narrow);
   return __builtin_convertvector(narrow, Vec<std::int32_t>);
+#endif
 }
 
 template <class T, class B>
