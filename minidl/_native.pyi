@@ -225,7 +225,7 @@ class PackedWeight:
 def pack_linear(w: NDArray[Any]) -> PackedWeight: ...
 def linear(
     x: NDArray[float32],
-    w: PackedWeight,
+    w: PackedWeight | NDArray[Any],
     scale: NDArray[float32] | None = None,
     bias: NDArray[float32] | None = None,
 ) -> NDArray[float32]: ...

@@ -208,6 +208,9 @@ def stored(rng: np.random.Generator, dtype: Any, shape: tuple[int, ...], layout:
 
 def check_linear(x: Array, w: Array, scale: Any, b: Any, wrong: float = 1.0) -> None:
     y = linear_weight_only(x, w, scale, b) * np.float32(wrong)
+    if wrong == 1:
+        packed = linear_weight_only(x, _native.pack_linear(w), scale, b)
+        np.testing.assert_array_equal(y, packed)
     exact = x.astype(float) @ w.astype(float).T
     size = abs(x.astype(float)) @ abs(w.astype(float)).T
     if scale is not None:
@@ -261,7 +264,8 @@ def test_linear_and_threads(m: int, dtype: Any) -> None:
     for count in (1, 2, 3):
         _native.set_num_threads(count)
         runs.append(linear_weight_only(x, _native.pack_linear(w), None, None).tobytes())
-    assert runs[0] == runs[1] == runs[2]
+        runs.append(linear_weight_only(x, w, None, None).tobytes())
+    assert len(set(runs)) == 1
 
 
 # ---- Packed weights -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <variant>
 #include <vector>
 
 #include "bind.h"
@@ -291,7 +292,17 @@ auto with_stored_type(const std::string& dtype, F f) {
   if (dtype == "float16") return f(Half{}, narrow.f16);
   if (dtype == "bfloat16") return f(BFloat16{}, narrow.bf16);
   if (dtype == "int8") return f(std::int8_t{}, narrow.s8);
-  throw py::type_error("pack_linear: w must be float32, float16, bfloat16 or int8, got " + dtype);
+  throw py::type_error("linear: w must be float32, float16, bfloat16 or int8, got " + dtype);
+}
+
+// Weights as they come; `keep` keeps a copy alive where NumPy's strides do not fit.
+template <class E>
+Matrix<E> stored(const py::array& w, py::array& keep) {
+  constexpr Index size = sizeof(E);
+  const bool fits = w.strides(0) % size == 0 && w.strides(1) % size == 0 &&
+                    reinterpret_cast<std::uintptr_t>(w.data()) % alignof(E) == 0;
+  keep = fits ? w : py::array(py::module_::import("numpy").attr("require")(w, py::none(), "CA"));
+  return {static_cast<const E*>(keep.data()), keep.strides(0) / size, keep.strides(1) / size};
 }
 
 Packed pack_linear(const py::array& w) {
@@ -306,42 +317,50 @@ Packed pack_linear(const py::array& w) {
     packed->dtype = text(w.dtype());
     packed->shape = {n, k};
     packed->allocate(k * kernels().narrow->packed_width(n) * size);
-    const bool fits = w.strides(0) % size == 0 && w.strides(1) % size == 0 &&
-                      reinterpret_cast<std::uintptr_t>(w.data()) % alignof(E) == 0;
-    const py::array plain =
-        fits ? w : py::array(py::module_::import("numpy").attr("require")(w, py::none(), "CA"));
-    const Matrix<E> b{static_cast<const E*>(plain.data()), plain.strides(0) / size,
-                      plain.strides(1) / size};
+    py::array keep;
+    const Matrix<E> b = stored<E>(w, keep);
     py::gil_scoped_release release;
     kernels_of_type.pack(n, k, b, packed->template data<E>());
     return packed;
   });
 }
 
-py::array linear(const py::array& x, const Packed& w, const Maybe& scale, const Maybe& bias) {
+py::array linear(const py::array& x, const std::variant<Packed, py::array>& weights,
+                 const Maybe& scale, const Maybe& bias) {
   const char* op = "linear";
-  expect_use(op, *w, PackedWeight::kLinear);
+  const Packed* packed = std::get_if<Packed>(&weights);
+  const py::array* plain = std::get_if<py::array>(&weights);
+  if (packed) expect_use(op, **packed, PackedWeight::kLinear);
+  if (plain) expect_dimensions(op, "w", *plain, 2, "(N, K)");
+  if (plain) expect_elements(op, *plain);
   expect_dimensions(op, "x", x, 2, "(M, K)");
   if (!py::isinstance<py::array_t<float>>(x)) {
     throw py::type_error(std::string(op) + ": x must be float32, got " + text(x.dtype()));
   }
-  const Index m = x.shape(0), n = w->shape[0], k = w->shape[1];
+  const Index m = x.shape(0), n = packed ? (*packed)->shape[0] : plain->shape(0);
+  const Index k = packed ? (*packed)->shape[1] : plain->shape(1);
   if (x.shape(1) != k) {
-    bad_value(std::string(op) + ": x has " + std::to_string(x.shape(1)) +
-              " columns, w (N, K) = " + shape_of(*w) + " expects " + std::to_string(k));
+    bad_value(std::string(op) + ": x has " + std::to_string(x.shape(1)) + " columns, w (N, K) = " +
+              (packed ? shape_of(**packed) : shape_of(*plain)) + " expects " + std::to_string(k));
   }
   const auto scale_of = vector<float>(op, "scale", scale, n);
   const auto bias_of = vector<float>(op, "bias", bias, n);
-  py::array_t<float> y({m, n});
-  if (m == 0) return y;
-  py::array keep;
-  const Matrix<float> left = matrix<float>(x, keep);
-  float* out = y.mutable_data();
-  return with_stored_type(w->dtype, [&](auto zero, const auto& kernels_of_type) -> py::array {
+  const std::string dtype = packed ? (*packed)->dtype : text(plain->dtype());
+  return with_stored_type(dtype, [&](auto zero, const auto& kernels_of_type) -> py::array {
     using E = decltype(zero);
+    py::array_t<float> y({m, n});
+    if (m == 0) return y;
+    py::array keep_x, keep_w;
+    const Matrix<float> left = matrix<float>(x, keep_x);
+    const Matrix<E> w = plain ? stored<E>(*plain, keep_w) : Matrix<E>{};
+    const float *times = data_of(scale_of), *plus = data_of(bias_of);
+    float* out = y.mutable_data();
     py::gil_scoped_release release;
-    kernels_of_type.linear(m, n, k, left, w->data<const E>(), data_of(scale_of), data_of(bias_of),
-                           out);
+    if (packed) {
+      kernels_of_type.linear(m, n, k, left, (*packed)->template data<const E>(), times, plus, out);
+    } else {
+      kernels_of_type.linear_unpacked(m, n, k, left, w, times, plus, out);
+    }
     return y;
   });
 }
@@ -387,7 +406,8 @@ void bind_narrow(py::module_& m) {
         "Convolution of bytes; what becomes of the sums: as in matmul_integer.");
   m.def("pack_linear", &pack_linear, plain, "w (N, K), float32, float16, bfloat16 or int8.");
   m.def("linear", &linear, py::arg("x").noconvert(), w, scale, bias,
-        "x (M, K) times the transpose of w, times scale[n], plus bias[n], in float32.");
+        "x (M, K) times the transpose of w (N, K), packed or not, times scale[n], plus bias[n], in "
+        "float32: the same bits.");
 }
 
 }  // namespace minidl

@@ -5,7 +5,7 @@
 namespace minidl::MINIDL_ISA {
 
 template <class E>
-constexpr NarrowFor<E> narrow_for{pack_weights<E>, linear<E>};
+constexpr NarrowFor<E> narrow_for{pack_weights<E>, linear<E>, linear_unpacked<E>};
 
 extern const Narrow narrow;
 const Narrow narrow{

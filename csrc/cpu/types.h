@@ -260,6 +260,8 @@ struct NarrowFor {
   // y[i][j] = scale[j] * sum over k of x[i][k] * w[j][k]  + bias[j]; scale and bias may be null
   void (*linear)(Index m, Index n, Index k, Matrix<float> x, const E* packed, const float* scale,
                  const float* bias, float* y);
+  void (*linear_unpacked)(Index m, Index n, Index k, Matrix<float> x, Matrix<E> w,
+                          const float* scale, const float* bias, float* y);
 };
 
 struct Narrow {

@@ -314,8 +314,6 @@ def _(x, w, scale, b):
     """Few rows: each weight is read once and widened in a register. Many: a block at a time."""
     if x.size == 0 or (not is_packed(w) and w.size == 0):
         return linear_weight_only.op.formula(x, w, scale, b)
-    if not is_packed(w):
-        w = native.pack_linear(w)
     y = native.linear(x.reshape(-1, x.shape[-1]), w, scale, b)
     return y.reshape(*x.shape[:-1], w.shape[0])
 
