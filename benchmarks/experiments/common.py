@@ -73,8 +73,12 @@ def train(
     batch_size: int = 64,
     collate: Callable[[list[Any]], Any] | None = None,
     params: Any = None,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
-    """A fixed number of steps (not epochs: all variants get the same work), Adam, one cycle."""
+    """A fixed number of steps (not epochs: all variants get the same work), Adam, one cycle.
+
+    `watch` is called after every step with the number of steps done.
+    """
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.Adam(params or learning, lr)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -91,6 +95,8 @@ def train(
             optimizer.step()
             scheduler.step()
             done += 1
+            if watch:
+                watch(done)
             if done == steps:
                 break
 
