@@ -231,3 +231,4 @@ assert scores["scratch"][-1] > scores["frozen"][-1]
 # 5. Pretrain on digits whose labels were shuffled. Are those features better than random ones?
 #
 # `minidl/transfer.py` holds what was used here, `minidl/torch_file.py` reads the checkpoints.
+# Next: `10_how_does_dropout_regularise.py`.
