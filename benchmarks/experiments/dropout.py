@@ -29,6 +29,7 @@ from minidl.uncertainty import entropy, mc_dropout
 
 Make = Callable[[], nn.Module]
 SIZES = {"MNIST": (100, 1000, 5000), "Fashion-MNIST": (1000, 5000)}
+STEPS = {100: 1500, 1000: 1500, 5000: 5000}  # enough to overfit: of 5,000 clothes 1,500 are not
 
 
 def mlp(pixels: float, hidden: float, weights: float = 0.0) -> nn.Sequential:
@@ -166,7 +167,8 @@ def uncertainties(models: dict[str, Any], digits: Any, clothes: Any, samples: in
 def main() -> None:
     args = arguments(__doc__)
     start = time.perf_counter()
-    steps, cnn_steps = (15, 5) if args.quick else (1500, 600)
+    steps = dict.fromkeys(STEPS, 15) if args.quick else STEPS
+    cnn_steps = 5 if args.quick else 600
     seeds = range(args.seeds)
     kinds = {"MNIST": data.MNIST, "Fashion-MNIST": data.FashionMNIST}
     sets = {name: [kind(args.root, train=t) for t in (True, False)] for name, kind in kinds.items()}
@@ -179,11 +181,11 @@ def main() -> None:
             for seed in seeds:
                 few = some(sets[title][0], n // 10, seed)
                 for name, make in MLPS.items():
-                    model, numbers = learn(make, few, tests[title], steps, seed)
+                    model, numbers = learn(make, few, tests[title], steps[n], seed)
                     runs[title][n][name].append(numbers)
                     kept[title, n, name, seed] = model
             print(f"{title}, {n} images: {time.perf_counter() - start:.0f} s", flush=True)
-    for title, makes, how_long in (("others", OTHERS, steps), ("CNN", CNNS, cnn_steps)):
+    for title, makes, how_long in (("others", OTHERS, steps[1000]), ("CNN", CNNS, cnn_steps)):
         runs[title] = {name: [] for name in makes}
         for seed in seeds:
             few = some(sets["MNIST"][0], 100, seed)
@@ -194,7 +196,7 @@ def main() -> None:
     x = next(iter(DataLoader(tests["MNIST"], 1000, shuffle=True, seed=0)))[0]
     found: dict[str, list[np.ndarray]] = {}
     for name, p in (("nothing", 0.0), ("dropout", 0.5)):
-        coder = autoencoder(p, some(sets["MNIST"][0], 500, 0), steps)
+        coder = autoencoder(p, some(sets["MNIST"][0], 500, 0), steps[1000])
         hidden = activations(kept["MNIST", 5000, name, 0], x)
         found[name] = [*activations(coder, x.flatten(1)), *hidden]
     sparse = {
@@ -213,7 +215,8 @@ def main() -> None:
     numbers = {"runs": runs, "activations": sparse, "uncertainty": asked}
     text = [
         "# How does dropout regularise?",
-        f"784-512-512-10, Adam and one cycle over {steps} steps of 64 images for every variant; "
+        f"784-512-512-10, Adam and one cycle over {steps[1000]:,} steps of 64 images "
+        f"({steps[5000]:,} where there are 5,000), the same for every variant; "
         f"{len(seeds)} seeds (mean ± standard deviation; each draws other images and weights, the "
         f"same for all variants). Errors in per cent on {len(tests['MNIST']):,} test images. "
         "*nothing* is the control, p = 0; *dropout* zeroes 0.5 of the hidden units and 0.2 of the "
