@@ -100,8 +100,10 @@ void correlate(const PaddedPlane<T>& plane, Index taps, const T* const* tap, con
                               out_w - q, add);
     }
     for (; q < out_w; q += kLanes<T>) {
-      correlate_vectors<T, 1>(taps, tap, row * plane.row_step() + q, weight, first, y + q,
-                              out_w - q, add);
+      // The last vector is a whole one too: it computes some pixels again (unless it adds to them).
+      const Index at = add || out_w < kLanes<T> ? q : smaller(q, out_w - kLanes<T>);
+      correlate_vectors<T, 1>(taps, tap, row * plane.row_step() + at, weight, first, y + at,
+                              out_w - at, add);
     }
   }
 }
