@@ -334,6 +334,8 @@ def int8_conv_cases() -> Iterator[Case]:
 
 
 def minidl_narrow(rows: int, n: int, dtype: str) -> Call:
+    import ml_dtypes  # noqa: F401  # makes bfloat16 known to NumPy
+
     from minidl.backend.native import native
 
     x, w = matrices((rows, n), (n, n))
@@ -346,7 +348,7 @@ def minidl_narrow(rows: int, n: int, dtype: str) -> Call:
 
 def narrow_cases() -> Iterator[Case]:
     for rows, n in ((1, 4096), (8, 4096)):
-        for dtype in ("float16", "int8"):
+        for dtype in ("float16", "bfloat16", "int8"):
             yield Case(
                 f"{rows}×{n} · {n}×{n}, {dtype} weights",
                 {
@@ -397,7 +399,7 @@ def sections() -> dict[str, Section]:
         ),
         "narrow": Section(
             "Few rows, narrow weights",
-            "Targets against NumPy's float32: float16 1.3 (one row) and 3 (eight); int8 2 and 4. "
+            "Targets against NumPy's float32: 16 bits 1.3 (one row) and 3 (eight); int8 2 and 4. "
             "Square float16 against our own float32: 0.9.",
             [*narrow_cases(), *square_half_cases()],
         ),

@@ -22,7 +22,7 @@ from minidl.op import registry, use
 if TYPE_CHECKING:
     from rich.console import Console
 
-SIZES = {"matmul": 512, "conv2d": 56}  # what `ladder` measures: op -> size
+SIZES = {"matmul": 512, "conv2d": 56, "matmul_integer": 512}  # what `ladder` measures: op -> size
 PAUSE = 0.25  # seconds; NumPy's BLAS threads spin that long, and would slow whatever comes next
 
 
@@ -49,6 +49,12 @@ class Problem:
 def problem(op: str, size: int) -> Problem:
     """The square product of that size; the 3×3 convolution, 64 → 64 channels, of such images."""
     rng = np.random.default_rng(0)
+    if op == "matmul_integer":
+        a, b = (rng.integers(-128, 128, (size, size)).astype(np.int8) for _ in range(2))
+        return Problem(
+            op, f"{size}×{size} · {size}×{size}", (a, b, *[None] * 5), {"relu": False},
+            2 * size**3, 2 * size**2 + 4 * size**2,
+        )  # fmt: skip
     if op == "matmul":
         x, y = (rng.standard_normal((size, size), np.float32) for _ in range(2))
         return Problem(op, f"{size}×{size} · {size}×{size}", (x, y), {}, 2 * size**3, 12 * size**2)
@@ -96,17 +102,34 @@ class Rung:
 
 @dataclass(frozen=True)
 class Roofs:
-    """What the machine does at most: 10⁹ operations a second, 10⁹ bytes a second (measured)."""
+    """What the machine does at most (measured).
+
+    Attributes:
+        gflops: 10⁹ operations on float32 a second.
+        gbytes: 10⁹ bytes from and to memory a second.
+        gops: 10⁹ operations on int8 a second, added up in int32.
+    """
 
     gflops: float
     gbytes: float
+    gops: float
+
+    def peak(self, op: str) -> float:
+        """10⁹ operations a second, of the kind that an op does."""
+        return self.gops if dtype_of(op) == "int8" else self.gflops
+
+
+def dtype_of(op: str) -> str:
+    """What the problems of an op are made of."""
+    return "int8" if op.endswith("_integer") else "float32"
 
 
 def measure_roofs() -> Roofs | None:
-    """The roofs for float32 on all threads; None without the C++ kernels."""
+    """The roofs on all threads; None without the C++ kernels."""
     if native is None:
         return None
-    return Roofs(native.peak_flops("float32") / 1e9, native.memory_bandwidth() / 1e9)
+    flops, ops = native.peak_flops("float32"), native.peak_flops("int8")
+    return Roofs(flops / 1e9, native.memory_bandwidth() / 1e9, ops / 1e9)
 
 
 def times_of(call: Callable[[], Any], seconds: float) -> list[float]:
@@ -163,16 +186,19 @@ def ladder(
 
     roofs = measure_roofs()
     screen.print(
-        f"{kernels_in_words()}; peak {roofs.gflops:.0f} GFLOP/s, memory {roofs.gbytes:.0f} GB/s"
+        f"{kernels_in_words()}; peak {roofs.gflops:.0f} GFLOP/s, int8 {roofs.gops:.0f} GOP/s, "
+        f"memory {roofs.gbytes:.0f} GB/s"
         if roofs
         else f"No roofs, and the Python rungs only: {why_missing}",
         markup=False,
     )
     rungs = []
     for op in ops:
-        found = list(climb(op, sizes[op], roofs.gflops if roofs else None, seconds))
+        found = list(climb(op, sizes[op], roofs.peak(op) if roofs else None, seconds))
         found.sort(key=lambda rung: rung.gflops)
-        table = Table(title=f"{op}, float32", title_style="bold", title_justify="left", box=None)
+        table = Table(
+            title=f"{op}, {dtype_of(op)}", title_style="bold", title_justify="left", box=None
+        )
         for title in ("rung", "problem", "ms", "GFLOP/s", "of the peak", "FLOP/byte"):
             table.add_column(title, justify="left" if title in ("rung", "problem") else "right")
         for rung in found:
@@ -203,13 +229,14 @@ def draw(rungs: list[Rung], roofs: Roofs | None) -> Any:
     figure = Figure(figsize=(5 * len(ops), 4.5), layout="constrained")
     x = np.geomspace(0.25, 4 * max(rung.intensity for rung in rungs), 200)
     for axes, op in zip(np.ravel(figure.subplots(1, len(ops), sharey=True)), ops, strict=True):
-        axes.set(xscale="log", yscale="log", title=f"{op}, float32")
+        axes.set(xscale="log", yscale="log", title=f"{op}, {dtype_of(op)}")
         axes.set(xlabel="operations for each byte moved (FLOP/byte)", ylabel="GFLOP/s")
         axes.grid(alpha=0.3)
         if roofs:
-            axes.plot(x, np.minimum(roofs.gflops, roofs.gbytes * x), color="black")
+            peak = roofs.peak(op)
+            axes.plot(x, np.minimum(peak, roofs.gbytes * x), color="black")
             words = {
-                f"peak {roofs.gflops:.0f} GFLOP/s": (2 * roofs.gflops / roofs.gbytes, roofs.gflops),
+                f"peak {peak:.0f} GFLOP/s": (2 * peak / roofs.gbytes, peak),
                 f"memory {roofs.gbytes:.0f} GB/s": (0.5, 0.5 * roofs.gbytes),
             }
             for text, point in words.items():

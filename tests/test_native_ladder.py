@@ -83,6 +83,7 @@ def test_the_roofs() -> None:
     """They are numbers of the right size: any computer of this century does more than that."""
     assert _native.peak_flops("float32") > 1e8
     assert _native.peak_flops(np.float64) > 1e8
+    assert _native.peak_flops(np.int8) > 1e8
     assert _native.memory_bandwidth(3 << 20) > 1e7
     with pytest.raises(TypeError, match="float32 or float64, got int64"):
         _native.peak_flops("int64")

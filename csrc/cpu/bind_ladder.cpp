@@ -66,6 +66,16 @@ double least_seconds(F f) {
 
 double peak_flops(const py::object& dtype) {
   const py::array one(py::dtype::from_args(dtype), std::vector<Index>{1});
+  if (py::isinstance<py::array_t<std::int8_t>>(one)) {
+    py::gil_scoped_release release;
+    std::vector<std::int32_t> out(static_cast<std::size_t>(kernels().ladder->f32.peak_chunks));
+    double operations = 0;
+    const double seconds = least_seconds([&] {
+      operations = static_cast<double>(
+          kernels().narrow->multiply_add_bytes_loop(4000, Word{0x01010101}, out.data()));
+    });
+    return operations / seconds;
+  }
   return with_type("peak_flops", "dtype", one, "dtype", one, [](auto zero) {
     using T = decltype(zero);
     py::gil_scoped_release release;
@@ -100,7 +110,9 @@ void bind_ladder(py::module_& m) {
   m.def("matmul_reordered", &matmul_reordered, a, b, "matmul along rows: a rung of the ladder.");
   m.def("matmul_tiled", &matmul_tiled, a, b, "matmul by register tiles: a rung of the ladder.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"),
-        "Operations a second of multiply-adds on registers alone, on all threads (measured).");
+        "Operations a second of multiply-adds on registers alone, on all threads (measured); int8: "
+        "of "
+        "bytes, added up in 32 bits.");
   m.def("memory_bandwidth", &memory_bandwidth, py::arg("bytes") = Index(192) << 20,
         "Bytes a second of a = b + s * c, three arrays of `bytes` together (measured).");
 }

@@ -1,5 +1,6 @@
 // Products of bytes, and with weights that are packed beforehand, for one instruction set.
 #include "conv_integer.h"
+#include "peak.h"
 #include "weights.h"
 
 namespace minidl::MINIDL_ISA {
@@ -9,9 +10,11 @@ constexpr NarrowFor<E> narrow_for{pack_weights<E>, linear<E>, linear_unpacked<E>
 
 extern const Narrow narrow;
 const Narrow narrow{
-    packed_width,     pack_bytes,           matmul_integer,
-    pack_conv,        conv_integer,         narrow_for<float>,
-    narrow_for<Half>, narrow_for<BFloat16>, narrow_for<std::int8_t>,
+    packed_width,         pack_bytes,
+    matmul_integer,       pack_conv,
+    conv_integer,         multiply_add_bytes_loop,
+    narrow_for<float>,    narrow_for<Half>,
+    narrow_for<BFloat16>, narrow_for<std::int8_t>,
 };
 
 }  // namespace minidl::MINIDL_ISA

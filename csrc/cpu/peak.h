@@ -2,6 +2,7 @@
 // (S. Williams, A. Waterman, D. Patterson, "Roofline", 2009).
 #pragma once
 
+#include "narrow.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -29,6 +30,26 @@ Index multiply_add_loop(Index steps, T factor, T term, T* out) {
     out[chunk] = total[0];
   });
   return kPeakChunks * steps * sums * kLanes<T> * 2;
+}
+
+// The same with bytes, four products and additions to a lane. (A factor is the sum itself: a
+// product that stayed the same could be taken out of the loop.)
+inline Index multiply_add_bytes_loop(Index steps, Word factor, std::int32_t* out) {
+  constexpr int sums = kTileRows * kTileVectors;
+  parallel_for(kPeakChunks, [=](Index chunk) {
+    Vec<std::int32_t> sum[sums], total{};
+#pragma GCC unroll 32
+    for (int s = 0; s < sums; ++s)
+      sum[s] = Vec<std::int32_t>{} + static_cast<std::int32_t>(chunk + s);
+    for (Index step = 0; step < steps; ++step) {
+#pragma GCC unroll 32
+      for (int s = 0; s < sums; ++s) sum[s] = multiply_add(factor, sum[s], sum[s]);
+    }
+#pragma GCC unroll 32
+    for (int s = 0; s < sums; ++s) total ^= sum[s];
+    out[chunk] = total[0];
+  });
+  return kPeakChunks * steps * sums * kLanes<Word> * 8;
 }
 
 // a = b + factor * c on long arrays: what memory delivers (J. McCalpin, "STREAM", 1995).

@@ -275,6 +275,8 @@ struct Narrow {
   void (*pack_conv)(const Conv2d&, Bytes w, PackedBytes packed);
   void (*conv_integer)(const Conv2d&, Bytes x, std::int32_t x_zero, PackedBytes w,
                        const Finish& finish, void* y);
+  // peak.h; `out` as for LadderFor's
+  Index (*multiply_add_bytes_loop)(Index steps, Word factor, std::int32_t* out);
   NarrowFor<float> f32;
   NarrowFor<Half> f16;
   NarrowFor<BFloat16> bf16;
