@@ -326,3 +326,4 @@ assert (entropy[answers != 3] < 0.2).any()
 #
 # `minidl/ops/dropout.py` holds the formula, `minidl/nn/dropout.py` the layers,
 # `minidl/uncertainty.py` the questions asked several times.
+# Next: `11_what_does_fgsm_imply_for_security.py`.
