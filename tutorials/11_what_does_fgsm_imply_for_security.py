@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 11. What does FGSM imply for security
 #
-# A network reads handwritten digits, and reads nearly all of them rightly. Change every pixel by a little,
-# in the direction that it likes least, and it reads hardly one. The digits are still easy to read,
-# for you. Here you make such images in one line, see why that line works, become an attacker who
-# cannot even look into the network, and then defend it.
+# A network reads handwritten digits, and most of them rightly. Change every pixel by a little, in
+# the direction that it likes least, and it reads hardly one. The digits are still easy to read, for
+# you. Here you make such images in one line, see why that line works, become an attacker who cannot
+# even look into the network, and then defend it.
 
 # %%
 from pathlib import Path
@@ -220,11 +220,11 @@ figure.savefig(FIGURES / "11_defences.png", dpi=120)
 #   of 0.15 in the plots: the curves fall again. Measure a defence with a stronger attack than the
 #   one it knows (PGD for one trained on FGSM), or you only learn that it knows its teacher.
 # - **It costs**: several gradients a step, and a little accuracy on honest images.
-# - So where a wrong answer does harm (a car that reads signs, a filter that reads mail), the network
+# - So where a wrong answer does harm (a car that reads signs, a filter that reads mail) the network
 #   must not be the only lock: check inputs, limit how often anyone may ask, let a second, different
 #   test agree.
 #
-# The same, on full-size data with three seeds: `python benchmarks/experiments/attack.py --root DIR`.
+# The same on 28×28 pixels, with three seeds: `python benchmarks/experiments/attack.py --root DIR`.
 #
 # ## Try this
 #
