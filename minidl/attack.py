@@ -294,10 +294,13 @@ def check(x: Any, y: Any, epsilon: float, clip: Clip) -> None:
         raise TypeError(
             f"images are floating Tensors, got {kind}: for bytes, x.float() / 255 with clip=(0, 1)"
         )
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon is at least 0, got {epsilon}")
-    if y is not None and len(y) != len(x):
-        raise ValueError(f"{len(x)} images and {len(y)} labels: give one label an image")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon is at least 0 and finite, got {epsilon}")
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip is (smallest, largest) of a pixel, got {tuple(clip)}")
+    if y is not None and (not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x)):
+        given = f"labels of shape {y.shape}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"{len(x)} images want a Tensor with one label each, got {given}")
     if not x.numel():
         return
     low, high = float(x.array.min()), float(x.array.max())
