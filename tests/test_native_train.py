@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("minidl._native", reason="the C++ kernels are not built")
 from minidl import _native
 from minidl.backend.random import Key, uniform
 from minidl.ops.dropout import dropout
+from minidl.ops.elementwise import clone
 from minidl.ops.norm import standardize, statistics_of
 
 Array = np.ndarray[Any, Any]
@@ -152,3 +155,27 @@ def test_every_instruction_set(isa: str) -> None:
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "MINIDL_ISA": isa}, check=True, timeout=300,
     )  # fmt: skip
+
+
+# Layout -----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(
+    st.permutations(range(4)),
+    st.tuples(*[st.sampled_from([1, 2, 7, 17, 33])] * 4),
+    st.sampled_from([np.float32, np.float64]),
+    st.sampled_from([1, 2, -1]),
+)
+def test_a_copy_of_what_lies_crosswise(
+    order: list[int], size: tuple[int, ...], dtype: type, step: int
+) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((*size[:3], 80), dtype)[:, ::step, :, 5 : 5 + size[3]].transpose(order)
+    y = _native.in_order(x)
+    if y is None:  # nothing to gain: rows in order, or no neighbours in memory
+        assert x.strides[-1] == x.itemsize or size[3] == 1
+    else:
+        assert y.flags.c_contiguous
+        np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(clone(x), x)

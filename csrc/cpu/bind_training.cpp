@@ -324,6 +324,33 @@ py::array dropout(const py::array& x, std::uint64_t seed_low, std::uint64_t seed
   });
 }
 
+// A copy of x in row-major order; nothing if x does not lie crosswise, and a plain copy is as good.
+std::optional<py::array> in_order(const py::array& x) {
+  return with_type("in_order", "x", x, "x", x, [&](auto zero) -> std::optional<py::array> {
+    using T = decltype(zero);
+    constexpr Index size = sizeof(T);
+    const int dims = static_cast<int>(x.ndim());
+    if (dims < 2 || dims > Layout::kMost || x.size() == 0 ||
+        reinterpret_cast<std::uintptr_t>(x.data()) % alignof(T) != 0) {
+      return std::nullopt;
+    }
+    Layout s{dims, -1, {}, {}};
+    for (int d = 0; d < dims; ++d) {
+      if (x.strides(d) % size != 0) return std::nullopt;
+      s.size[d] = x.shape(d);
+      s.stride[d] = x.strides(d) / size;
+      if (s.stride[d] == 1 && s.size[d] > 1) s.near = d;
+    }
+    if (s.near < 0 || s.near == dims - 1) return std::nullopt;
+    py::array_t<T> y(shape_vector(x));
+    const T* in = static_cast<const T*>(x.data());
+    T* out = y.mutable_data();
+    py::gil_scoped_release release;
+    training_of<T>().in_order(s, in, out);
+    return y;
+  });
+}
+
 py::array relu(const py::array& x) {
   return with_type("relu", "x", x, "x", x, [&](auto zero) -> py::array {
     using T = decltype(zero);
@@ -470,6 +497,8 @@ void bind_training(py::module_& m) {
         py::arg("threshold"), py::arg("scale"), py::arg("repeat"),
         "x * scale where number i of the Philox stream is at least `threshold` (of 2**24), else 0; "
         "a number holds for `repeat` elements.");
+  m.def("in_order", &in_order, x,
+        "A row-major copy of an array that lies crosswise, or None where a plain copy is as good.");
   m.def("relu", &relu, x);
   m.def("relu_gradient", &relu_gradient, g, y);
   const auto p = py::arg("p").noconvert(), lr = py::arg("lr");

@@ -2,6 +2,7 @@
 #include "activation.h"
 #include "average_pool.h"
 #include "dropout.h"
+#include "layout.h"
 #include "norm.h"
 #include "optimizer.h"
 #include "pool.h"
@@ -25,6 +26,7 @@ constexpr TrainingFor<T> training_for{
     cross_entropy<T>,
     cross_entropy_gradient<T>,
     dropout<T>,
+    in_order<T>,
     relu<T>,
     relu_gradient<T>,
     sgd<T>,

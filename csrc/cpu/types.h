@@ -147,6 +147,13 @@ struct RmsProp {
   bool maximize;
 };
 
+// An array that lies crosswise: `near` is the dimension, not the last, whose stride is 1.
+struct Layout {
+  static constexpr int kMost = 8;
+  int dims, near;
+  Index size[kMost], stride[kMost];  // in elements; strides may be negative
+};
+
 // What else a training step does, for one element type.
 template <class T>
 struct TrainingFor {
@@ -172,6 +179,7 @@ struct TrainingFor {
   void (*cross_entropy_gradient)(const Scores&, const T* g, bool one_g, const T* x,
                                  const Index* label, const T* weight, T smoothing, T* gx);
   void (*dropout)(const Mask&, const T* x, T scale, T* y);
+  void (*in_order)(const Layout&, const T* x, T* y);
   void (*relu)(Index n, const T* x, T* y);
   void (*relu_gradient)(Index n, const T* g, const T* y, T* gx);
   void (*sgd)(const Sgd<T>&, Index count, const Slice<T>* slices);

@@ -355,6 +355,15 @@ def _(g):
     return (g,)
 
 
+@clone.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x):
+    """Arrays that lie crosswise are turned in tiles: `contiguous` after a permute."""
+    if x.size < 4096 or x.strides[-1] == x.itemsize or not x.dtype.isnative:
+        return x.copy()
+    y = native.in_order(x)
+    return x.copy() if y is None else y
+
+
 # Constants --------------------------------------------------------------------------------
 
 
