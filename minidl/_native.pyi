@@ -18,6 +18,7 @@ def conv2d(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
+    relu: bool = False,
 ) -> NDArray[T]: ...
 def conv2d_naive(
     x: NDArray[T],
@@ -50,6 +51,7 @@ def conv2d_winograd(
     w: NDArray[float32],
     b: NDArray[float32] | None = None,
     padding: Pair = (0, 0),
+    relu: bool = False,
 ) -> NDArray[float32]: ...
 def conv2d_input_winograd(
     g: NDArray[float32], w: NDArray[float32], input_size: Pair, padding: Pair = (0, 0)

@@ -14,7 +14,7 @@ import minidl
 from minidl import nn
 from minidl.backend.native import native
 from minidl.ops.quantized import pack_linear
-from minidl.quantization import WeightOnlyLinear, weight_only
+from minidl.quantization import ConvReLU2d, WeightOnlyLinear, fuse, weight_only
 
 DTYPES = ["int8", "float16", "bfloat16"]
 # half a step of the narrow numbers, relative to the largest weight of a row or to the weight itself
@@ -128,3 +128,81 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="row 1 of weight is not finite") as error:
         weight_only(nn.Sequential(nn.ReLU(), linear))
     assert error.value.__notes__ == ["in layer '1'"]
+
+
+# Layers as one ----------------------------------------------------------------------------
+
+
+def chain() -> nn.Sequential:
+    minidl.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.BatchNorm2d(8),
+        nn.Sequential(nn.Conv2d(8, 4, 1, stride=2), nn.ReLU()),
+        nn.ReLU(), nn.Flatten(), nn.Linear(36, 2),
+    )  # fmt: skip
+    for _ in range(3):  # statistics that are not 0 and 1
+        model(minidl.randn(4, 3, 8, 8) * 2 + 1)
+    return model
+
+
+def test_fused_layers_compute_the_same() -> None:
+    model, x = chain(), minidl.randn(2, 3, 8, 8)
+    before = [p.numpy().copy() for p in model.parameters()]
+    one = fuse(model)
+    kinds = [type(layer).__name__ for layer in one.modules()]
+    assert kinds.count("ConvReLU2d") == 2 and "BatchNorm2d" not in kinds
+    assert type(one[6]) is nn.ReLU and not one.training  # type: ignore[index]
+    assert model.training and all(
+        (a == p.numpy()).all() for a, p in zip(before, model.parameters())
+    )
+    model.eval()
+    assert np.abs(one(x).numpy() - model(x).numpy()).max() < 1e-5
+    assert np.array_equal(one[0](x[0]).numpy(), one[0](x).numpy()[0])  # type: ignore[index]
+    pickled = pickle.loads(pickle.dumps(one))
+    assert np.array_equal(pickled(x).numpy(), one(x).numpy())
+    x.requires_grad_()
+    (g,) = minidl.grad(one(x).sum(), x)
+    (expected,) = minidl.grad(model(x).sum(), x)
+    assert np.abs(g.numpy() - expected.numpy()).max() < 1e-5
+
+
+def test_groups_by_name() -> None:
+    from minidl import models
+
+    model = models.resnet8()
+    for _ in range(2):
+        model(minidl.randn(4, 3, 32, 32) + 1)
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    pairs = [[name.replace("bn", "conv"), name] for name in names if "bn" in name]
+    one, x = fuse(model, pairs), minidl.randn(2, 3, 32, 32)
+    model.eval()
+    assert np.abs(one(x).numpy() - model(x).numpy()).max() < 1e-4
+    assert len(list(one.buffers())) < len(list(model.buffers()))
+
+
+def test_layers_used_twice_stay() -> None:
+    conv = nn.Conv2d(3, 3, 1)
+    model, x = nn.Sequential(conv, nn.ReLU(), conv), minidl.randn(1, 3, 4, 4)
+    assert not any(isinstance(m, ConvReLU2d) for m in fuse(model).modules())
+    with pytest.raises(ValueError, match="used twice"):
+        fuse(model, [["0", "1"]])
+    assert np.array_equal(fuse(model)(x).numpy(), model(x).numpy())
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([["0", "9"]], "no layer '9'"),
+        ([["0", "2", "1"]], "Conv2d, ReLU, BatchNorm2d: a group is"),
+        ([["0"]], "a group is"),
+        ([["8", "6"]], "Linear, ReLU"),
+        ([["0", "1"], ["0", "2"]], "Identity"),
+    ],
+)
+def test_groups_that_cannot_be_fused(groups: list[list[str]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fuse(chain(), groups)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5))
+    with pytest.raises(ValueError, match="has 5 channels, 0 gives 4"):
+        fuse(model)

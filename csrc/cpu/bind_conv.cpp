@@ -19,7 +19,7 @@ using Bias = std::optional<py::array>;
 // With which kernel: call(p, x, w, bias or null, y), for arrays of one type.
 template <class Call>
 py::array conv2d_with(Call call, const py::array& x, const py::array& w, const Bias& bias,
-                      const Options& options) {
+                      const Options& options, bool relu = false) {
   const char* op = "conv2d";
   expect_dimensions(op, "x", x, 4, "(N, C, H, W)");
   expect_dimensions(op, "w", w, 4, "(O, C / groups, kH, kW)");
@@ -27,6 +27,7 @@ py::array conv2d_with(Call call, const py::array& x, const py::array& w, const B
   std::tie(p.n, p.c, p.h, p.w) = std::tuple(x.shape(0), x.shape(1), x.shape(2), x.shape(3));
   std::tie(p.o, p.kh, p.kw) = std::tuple(w.shape(0), w.shape(2), w.shape(3));
   complete(op, p, options);
+  p.relu = relu;
   if (w.shape(1) * p.groups != p.c) {
     bad_value(std::string(op) + ": x has " + std::to_string(p.c) + " channels, w expects " +
               std::to_string(w.shape(1)) + " in each of " + std::to_string(p.groups) +
@@ -50,7 +51,8 @@ py::array conv2d_with(Call call, const py::array& x, const py::array& w, const B
     if (y.size() == 0) return y;
     if (p.c == 0) {
       for (Index i = 0; i < y.size(); ++i) {
-        out[i] = bias ? of_output.data()[i / (p.oh * p.ow) % p.o] : T(0);
+        const T sum = bias ? of_output.data()[i / (p.oh * p.ow) % p.o] : T(0);
+        out[i] = relu && sum < 0 ? T(0) : sum;
       }
       return y;
     }
@@ -62,11 +64,11 @@ py::array conv2d_with(Call call, const py::array& x, const py::array& w, const B
 }
 
 py::array conv2d(const py::array& x, const py::array& w, const Bias& b, Pair stride, Pair padding,
-                 Pair dilation, Index groups) {
+                 Pair dilation, Index groups, bool relu) {
   const auto call = [](const Conv2d& p, auto* x, auto* w, auto* bias, auto* y) {
     kernels_of<std::remove_pointer_t<decltype(y)>>().conv2d(p, x, w, bias, y);
   };
-  return conv2d_with(call, x, w, b, {stride, padding, dilation, groups});
+  return conv2d_with(call, x, w, b, {stride, padding, dilation, groups}, relu);
 }
 
 py::array conv2d_naive(const py::array& x, const py::array& w, Pair stride, Pair padding,
@@ -166,12 +168,13 @@ Pair kernel_of(const char* op, const py::array& w) {
 
 Options winograd_options(Pair padding) { return {{1, 1}, padding, {1, 1}, 1}; }
 
-py::array conv2d_winograd(const py::array& x, const py::array& w, const Bias& b, Pair padding) {
+py::array conv2d_winograd(const py::array& x, const py::array& w, const Bias& b, Pair padding,
+                          bool relu) {
   expect_winograd("conv2d", x, kernel_of("conv2d", w), padding);
   const auto call = [](const Conv2d& p, auto* x, auto* w, auto* bias, auto* y) {
     if constexpr (sizeof(*y) == sizeof(float)) kernels().winograd->conv2d(p, x, w, bias, y);
   };
-  return conv2d_with(call, x, w, b, winograd_options(padding));
+  return conv2d_with(call, x, w, b, winograd_options(padding), relu);
 }
 
 py::array conv2d_input_winograd(const py::array& g, const py::array& w, Pair input_size,
@@ -201,16 +204,17 @@ void bind_conv(py::module_& m) {
   const auto dilation = py::arg("dilation") = Pair(1, 1);
   const auto groups = py::arg("groups") = 1;
   const auto b = py::arg("b").noconvert() = py::none();
-  m.def("conv2d", &conv2d, x, w, b, stride, padding, dilation, groups,
+  const auto relu = py::arg("relu") = false;
+  m.def("conv2d", &conv2d, x, w, b, stride, padding, dilation, groups, relu,
         "x (N, C, H, W), w (O, C / groups, kH, kW), b (O,) -> y (N, O, OH, OW): the "
-        "cross-correlation, plus the bias b.");
+        "cross-correlation, plus the bias b, then perhaps ReLU.");
   m.def("conv2d_naive", &conv2d_naive, x, w, stride, padding, dilation, groups,
         "conv2d as seven plain loops: a rung of the ladder.");
   m.def("conv2d_input", &conv2d_input, g, w, py::arg("input_size"), stride, padding, dilation,
         groups, "The gradient of conv2d with respect to x, which is (H, W) = input_size large.");
   m.def("conv2d_weight", &conv2d_weight, g, x, py::arg("kernel_size"), stride, padding, dilation,
         groups, "The gradient of conv2d with respect to w, which is (kH, kW) = kernel_size large.");
-  m.def("conv2d_winograd", &conv2d_winograd, x, w, b, padding,
+  m.def("conv2d_winograd", &conv2d_winograd, x, w, b, padding, relu,
         "conv2d by Winograd's F(4x4, 3x3): float32, 3x3, padding up to 2.");
   m.def("conv2d_input_winograd", &conv2d_input_winograd, g, w, py::arg("input_size"), padding,
         "conv2d_input by the same.");

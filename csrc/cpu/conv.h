@@ -256,8 +256,8 @@ void conv2d(const Conv2d& p, const T* x, const T* w, const T* bias, T* y) {
     const Pixels<T> out{
         y + group * o * p.oh * p.ow, p.o * p.oh * p.ow, p.oh * p.ow, p.oh, p.ow, p.ow, 1, 1};
     const Index pixels = p.n * p.oh * p.ow;
-    if (bias) {
-      const Bias<T> of_output{bias + group * o, nullptr, false};
+    if (bias || p.relu) {
+      const Bias<T> of_output{bias ? bias + group * o : nullptr, nullptr, p.relu};
       gemm<T>(o, pixels, c * taps, taps, weights, image, out, of_output);
     } else {
       gemm<T>(o, pixels, c * taps, taps, weights, image, out);

@@ -122,8 +122,10 @@ void depthwise_conv2d(const Conv2d& p, const T* x, const T* w, const T* bias, T*
     }
     plane.fill(x + job * p.h * p.w);
     for (Index o = c * many; o < (c + 1) * many; ++o) {
-      correlate(plane, taps, tap.get(), w + o * taps, bias ? bias[o] : T(0),
-                y + (image * p.o + o) * p.oh * p.ow, p.oh, p.ow, false);
+      T* to = y + (image * p.o + o) * p.oh * p.ow;
+      correlate(plane, taps, tap.get(), w + o * taps, bias ? bias[o] : T(0), to, p.oh, p.ow, false);
+      if (!p.relu) continue;
+      for (Index i = 0; i < p.oh * p.ow; ++i) to[i] = to[i] < 0 ? 0 : to[i];  // NaN stays NaN
     }
   });
 }

@@ -38,6 +38,7 @@ struct Conv2d {
   Index stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Index groups;
   Index oh, ow;
+  bool relu;  // conv2d: what is negative becomes 0
 };
 
 // The geometry of max pooling over `planes` images of h x w.

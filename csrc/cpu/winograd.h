@@ -223,9 +223,9 @@ struct Filters {
   bool turned;  // by 180 degrees
 };
 
-// y (n, outputs, h, w) = conv2d(x, filters) + bias, where bias is not null.
+// y (n, outputs, h, w) = conv2d(x, filters) + bias, where bias is not null; then perhaps ReLU.
 inline void convolve(const Tiles& x, const Filters& w, Index outputs, Index out_h, Index out_w,
-                     const float* bias, float* y) {
+                     const float* bias, bool relu, float* y) {
   const Index c = x.channels, step = round_up(c, kWidth);
   const Panels panels(outputs);
   const Index kernel_plane = panels.count() * c * kPanel + kOffset;
@@ -284,8 +284,9 @@ inline void convolve(const Tiles& x, const Filters& w, Index outputs, Index out_
             transform<Output>(
                 [&](int i, int j) { return load(from + (i * 6 + j) * product_plane); },
                 [&](int i, int j, Vector sum) {
-                  store(pixels.get() + ((i * x.across + q) * 4 + j) * kPanel + v * kWidth,
-                        sum + offset);
+                  sum += offset;
+                  if (relu) sum = sum < 0 ? Vector{} : sum;  // NaN stays NaN
+                  store(pixels.get() + ((i * x.across + q) * 4 + j) * kPanel + v * kWidth, sum);
                 });
           }
         }
@@ -381,12 +382,12 @@ inline winograd::Tiles tiles_of(const float* image, Index n, Index channels, Ind
 inline void conv2d_winograd(const Conv2d& p, const float* x, const float* w, const float* bias,
                             float* y) {
   winograd::convolve(tiles_of(x, p.n, p.c, p.h, p.w, p.pad_h, p.pad_w, p.oh, p.ow),
-                     {w, p.c * 9, 9, false}, p.o, p.oh, p.ow, bias, y);
+                     {w, p.c * 9, 9, false}, p.o, p.oh, p.ow, bias, p.relu, y);
 }
 
 inline void conv2d_input_winograd(const Conv2d& p, const float* g, const float* w, float* gx) {
   winograd::convolve(tiles_of(g, p.n, p.o, p.oh, p.ow, 2 - p.pad_h, 2 - p.pad_w, p.h, p.w),
-                     {w, 9, p.c * 9, true}, p.c, p.h, p.w, nullptr, gx);
+                     {w, 9, p.c * 9, true}, p.c, p.h, p.w, nullptr, false, gx);
 }
 
 inline void conv2d_weight_winograd(const Conv2d& p, const float* g, const float* x, float* gw) {

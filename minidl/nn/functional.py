@@ -187,8 +187,9 @@ def convolve(
     padding: Any,
     dilation: Any,
     groups: int,
+    relu: bool = False,
 ) -> Tensor:
-    """`conv2d` with a batch; all checks are here."""
+    """`conv2d` with a batch, then perhaps ReLU; all checks are here."""
     check_alike(name, x, weight=weight, bias=bias)
     if weight.ndim != 4:
         raise ValueError(f"{name}: weight is (O, C/groups, kH, kW), got {tuple(weight.shape)}")
@@ -212,7 +213,7 @@ def convolve(
     elif isinstance(padding, str):
         raise ValueError(f"{name}: padding is a number, two, 'same' or 'valid', got {padding!r}")
     how = {"stride": stride, "padding": pair("padding", padding), "dilation": dilation}
-    return conv.conv2d(x, weight, bias, **how, groups=groups)
+    return (conv.conv2d_relu if relu else conv.conv2d)(x, weight, bias, **how, groups=groups)
 
 
 def conv_transpose2d(

@@ -33,6 +33,7 @@ import numpy as np
 from minidl import backend
 from minidl.backend.native import native, why_missing
 from minidl.op import Sample, op, sample
+from minidl.ops.elementwise import relu
 from minidl.ops.reduce import sum_
 
 Pair = tuple[int, int]
@@ -171,6 +172,27 @@ def _(g, x, w, b_shape, *, stride, padding, dilation, groups):
         lambda: conv2d_weight(g, x, kernel_size=w.shape[2:], **how),
         lambda: sum_(sum_(g, dim=(2, 3)), dim=0),  # in two steps: each runs along memory
     )
+
+
+@op
+def conv2d_relu(
+    x: Any,
+    w: Any,
+    b: Any,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Any:
+    """max(0, `conv2d`), without a second pass over memory where there is a kernel."""
+    return relu(conv2d(x, w, b, stride=stride, padding=padding, dilation=dilation, groups=groups))
+
+
+@conv2d_relu.gradient
+def _(g, out, x, w, b_shape, *, stride, padding, dilation, groups):
+    how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return conv2d.op.rule(g * (out > 0), x, w, b_shape, **how)
 
 
 @op
@@ -351,6 +373,19 @@ def _(x, w, b, *, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
     return native.conv2d(x, w, b, stride, padding, dilation, groups)
 
 
+@conv2d_relu.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+def _(x, w, b, *, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    return native.conv2d(x, w, b, stride, padding, dilation, groups, relu=True)
+
+
+@conv2d_relu.kernel("winograd", dtypes=("float32",), missing=why_missing)
+def _(x, w, b, *, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    """Where `winograd_pays` says no, this is "native"."""
+    if winograd_pays(x.shape, w.shape, stride, padding, dilation, groups):
+        return native.conv2d_winograd(x, w, b, padding, relu=True)
+    return native.conv2d(x, w, b, stride, padding, dilation, groups, relu=True)
+
+
 @conv2d_input.kernel("winograd", dtypes=("float32",), missing=why_missing)
 def _(y, w, *, input_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
     """Where `winograd_pays` says no, this is "native"."""
@@ -389,6 +424,7 @@ def geometries(rng: np.random.Generator) -> Iterator[tuple[Any, Any, Any, dict[s
         yield x, w, y, how
 
 
+@conv2d_relu.samples
 @conv2d.samples
 def _(rng: np.random.Generator) -> Iterator[Sample]:
     for i, (x, w, _, how) in enumerate(geometries(rng)):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.oracles import loops, pytorch
+from tests.oracles import LOOPS, loops, pytorch
 
 
 def terms(x_shape, w_shape, y_size, stride, padding, dilation, groups):
@@ -38,6 +38,14 @@ def _(x, w, b, *, stride, padding, dilation, groups):
     return y
 
 
+@loops("conv2d_relu")
+def _(x, w, b, **settings):
+    y = LOOPS["conv2d"](x, w, b, **settings)
+    for at in np.ndindex(y.shape):
+        y[at] = y[at] if y[at] > 0 else 0.0
+    return y
+
+
 @loops("conv2d_input")
 def _(y, w, *, input_size, stride, padding, dilation, groups):
     x = np.zeros((y.shape[0], w.shape[1] * groups, *input_size))
@@ -59,6 +67,13 @@ def _(x, w, b, **settings):
     import torch.nn.functional as F
 
     return F.conv2d(x, w, b, **settings)
+
+
+@pytorch("conv2d_relu")
+def _(x, w, b, **settings):
+    import torch.nn.functional as F
+
+    return F.relu(F.conv2d(x, w, b, **settings))
 
 
 @pytorch("conv2d_input")
