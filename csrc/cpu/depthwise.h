@@ -33,21 +33,21 @@ class PaddedPlane {
         memory_(lines_ * stride_w * width_) {}
 
   void fill(const T* plane) const {
-    T* dst = memory_.get();
-    for (Index y = -pad_h_; y < lines_ - pad_h_; ++y) {
-      for (Index phase = 0; phase < stride_w_; ++phase, dst += width_) {
-        const Index shift = phase - pad_w_;  // element i is column i * stride + shift of the plane
-        const Index begin = smaller(width_, shift >= 0 ? 0 : divide_up(-shift, stride_w_));
-        Index end = smaller(width_, divide_down(w_ - 1 - shift, stride_w_) + 1);
-        if (y < 0 || y >= h_) end = begin;
-        for (Index i = 0; i < begin; ++i) dst[i] = 0;
+    for (Index phase = 0; phase < stride_w_; ++phase) {
+      const Index shift = phase - pad_w_;  // element i is column i * stride + shift of the plane
+      const Index begin = smaller(width_, shift >= 0 ? 0 : divide_up(-shift, stride_w_));
+      const Index end = smaller(width_, divide_down(w_ - 1 - shift, stride_w_) + 1);
+      for (Index line = 0; line < lines_; ++line) {
+        T* dst = memory_.get() + (line * stride_w_ + phase) * width_;
+        const Index y = line - pad_h_, stop = y < 0 || y >= h_ ? begin : larger(begin, end);
         const T* src = plane + y * w_ + shift;
+        for (Index i = 0; i < begin; ++i) dst[i] = 0;
         if (stride_w_ == 1) {
-          for (Index i = begin; i < end; ++i) dst[i] = src[i];
+          for (Index i = begin; i < stop; ++i) dst[i] = src[i];
         } else {
-          for (Index i = begin; i < end; ++i) dst[i] = src[i * stride_w_];
+          for (Index i = begin; i < stop; ++i) dst[i] = src[i * stride_w_];
         }
-        for (Index i = larger(begin, end); i < width_; ++i) dst[i] = 0;
+        for (Index i = stop; i < width_; ++i) dst[i] = 0;
       }
     }
   }
