@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 from minidl import cli
 from minidl.data import MNIST
 
-COMMANDS = ["demo", "train", "attack", "augment", "kernels", "doctor", "bench ladder", "bench step"]
+COMMANDS = [
+    "demo", "train", "attack", "augment", "caption train", "caption show", "kernels", "doctor",
+    "bench ladder", "bench step",
+]  # fmt: skip
 
 
 def commands():
@@ -321,3 +324,68 @@ def test_attack_refuses(tmp_path):
         code, output = call("attack", run, *arguments)
         assert code == cli.MISUSED and "epsilon" in output
         assert not (run / "attack").exists()
+
+
+def test_caption(tmp_path):
+    from PIL import Image
+
+    from minidl.data import ShapeScenes
+
+    run, picture = tmp_path / "run", tmp_path / "scene.png"
+    short = ["--limit", 40, "--epochs", 1, "--hidden", 16, "--out", run]
+    code, output = call("caption", "train", *short)
+    assert code == 0 and "held-out images" in output
+    for name in ("best.safetensors", "vocabulary.json", "log.jsonl", "curves.png"):
+        assert (run / name).exists()
+    page = (run / "gallery.html").read_text()
+    assert page.count("<figure>") == 60 and "http" not in page
+    scene = ShapeScenes("test", 1)
+    assert scene.captions[0][0] in page
+
+    pixels = (scene[0][0].transpose(1, 2, 0) * 255).astype(np.uint8)
+    Image.fromarray(pixels).save(picture)
+    drawn = tmp_path / "looked.png"
+    how = ["--model", run, "--beam", 3, "--max-length", 5, "--out", drawn]
+    for arguments in ([picture, *how], [*how, picture], ["show", picture, *how]):
+        code, output = call("caption", *arguments)
+        assert code == 0 and "likelihood" in output, output
+        assert drawn.read_bytes().startswith(b"\x89PNG")
+        drawn.unlink()
+
+    again = call("caption", "train", *short)
+    assert again[0] == cli.MISUSED and "holds a run already" in again[1]
+    assert call("caption", "train", *short, "--resume")[0] == 0
+    code, output = call("caption", "train", *short, "--overwrite", "--decoder", "tell")
+    assert code == 0
+    code, output = call("caption", picture, "--model", run)
+    assert code == 0 and "where it looked" not in output
+
+
+def test_caption_refuses(tmp_path):
+    import minidl
+    from minidl.captioning import Vocabulary
+
+    minidl.save({"a": 1}, tmp_path / "best.safetensors")
+    for arguments, words in [
+        (["train", "--decoder", "attent"], "did you mean 'attend'"),
+        (["train", "--data", "flickr8k", "--root", tmp_path], "Flickr8k"),
+        (["train", "--freeze"], "give --weights"),
+        ([tmp_path / "x.png", "--model", tmp_path], "vocabulary.json is not there"),
+    ]:
+        code, output = call("caption", *arguments)
+        assert code == cli.MISUSED and words in output, output
+    Vocabulary(["a"]).save(tmp_path / "vocabulary.json")
+    code, output = call("caption", tmp_path / "x.png", "--model", tmp_path)
+    assert code == cli.MISUSED and "is not a checkpoint of `minidl caption train`" in output
+
+    run = tmp_path / "run"
+    short = ["--limit", 10, "--epochs", 1, "--hidden", 8, "--decoder", "tell", "--out", run]
+    assert call("caption", "train", *short)[0] == 0
+    code, output = call("caption", tmp_path / "x.png", "--model", run)
+    assert code == cli.MISUSED and "no such image file" in output
+    (tmp_path / "x.png").write_bytes(b"no image")
+    code, output = call("caption", tmp_path / "x.png", "--model", run)
+    assert code == cli.MISUSED and "x.png" in output
+    Vocabulary(["a"]).save(run / "vocabulary.json")
+    code, output = call("caption", tmp_path / "x.png", "--model", run)
+    assert code == cli.MISUSED and "is not the vocabulary" in output
