@@ -56,6 +56,25 @@ def _(data):
     return (numbers(data, *shape(data, 1, 4, 200)),), {}
 
 
+@drawn("clone")
+def _(data):
+    order = data.draw(st.permutations(range(3)))
+    x = numbers(data, integer(data, 1, 20), integer(data, 15, 40), integer(data, 15, 40))
+    return (x.transpose(order)[:, :: data.draw(st.sampled_from([1, 2, -1]))],), {}
+
+
+@drawn("conv2d_relu")
+def _(data):
+    x, how = window(data)
+    w = numbers(data, integer(data, 1, 9), x.shape[1], *how.pop("kernel_size"))
+    bias = numbers(data, len(w)) if data.draw(st.booleans()) else None
+    if data.draw(st.booleans()):  # Winograd's
+        channels = integer(data, 16, 20)
+        x, w = np.repeat(x[:, :1], channels, axis=1), numbers(data, 17, channels, 3, 3)
+        how, bias = {"padding": (1, 1), "stride": (1, 1)}, None
+    return (x, w / np.sqrt(w[0].size), bias), {**how, "groups": 1}
+
+
 @drawn("softmax", "log_softmax")
 def _(data):
     x = numbers(data, *shape(data, 1, 4)) * integer(data, 1, 30)
