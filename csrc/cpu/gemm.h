@@ -147,10 +147,13 @@ constexpr bool is_same<T, T> = true;
 // 6 6 6 6 6 2, for a tile of two rows leaves the multipliers idle.
 struct EvenParts {
   Index parts, least, longer;  // the first `longer` parts have one more than `least`
-  EvenParts(Index total, Index most)
-      : parts(divide_up(total, most)), least(total / parts), longer(total % parts) {}
+  EvenParts(Index total, Index most) : EvenParts(in(total, divide_up(total, most))) {}
+  static EvenParts in(Index total, Index parts) { return {parts, total / parts, total % parts}; }
   Index begin(Index i) const { return i * least + smaller(i, longer); }
   Index size(Index i) const { return least + (i < longer ? 1 : 0); }
+
+ private:
+  EvenParts(Index parts, Index least, Index longer) : parts(parts), least(least), longer(longer) {}
 };
 
 // How far a sum goes before it is added to C: about kDepth, a multiple of `unit` where that is
@@ -218,17 +221,21 @@ void gemm_packed(Index m, Index n, Index k, Index unit, const T* left, const Rig
   const Index depth = depth_of_block(k, unit), depths = divide_up(k, depth);
   const EvenParts panels(m, kTileRows);
 
-  // C is cut into jobs: blocks of columns, several for each thread so that a slow one does no harm,
-  // and if there are too few of them, blocks of rows as well.
-  const Index threads = get_num_threads();
-  const Index width =
-      smaller(kBlockColumns / nr * nr, larger(round_up(divide_up(n, 4 * threads), nr), 4 * nr));
-  const Index column_jobs = divide_up(n, width);
-  const Index row_jobs = smaller(divide_up(2 * threads, column_jobs), divide_up(panels.parts, 2));
+  // C is cut into jobs: blocks of columns, and if these are few, blocks of rows as well. There are
+  // several for each thread, and as many for one as for the other: 7 blocks of 6 panels would leave
+  // the second of two threads idle for a seventh of the time.
+  const Index threads = get_num_threads(), column_panels = divide_up(n, nr);
+  const Index blocks = larger(divide_up(column_panels, kBlockColumns / nr),
+                              smaller(4 * threads, divide_up(column_panels, 4)));
+  const EvenParts column_parts =
+      EvenParts::in(column_panels, smaller(column_panels, round_up(blocks, threads)));
+  const Index row_jobs =
+      smaller(divide_up(4 * threads, column_parts.parts), divide_up(panels.parts, 4));
   const EvenParts row_parts(panels.parts, divide_up(panels.parts, row_jobs));
 
-  parallel_for(column_jobs * row_parts.parts, [&](Index job) {
-    const Index j0 = job / row_parts.parts * width, columns = smaller(width, n - j0);
+  parallel_for(column_parts.parts * row_parts.parts, [&](Index job) {
+    const Index part = job / row_parts.parts, j0 = column_parts.begin(part) * nr;
+    const Index columns = smaller(column_parts.size(part) * nr, n - j0);
     const Index first = row_parts.begin(job % row_parts.parts);
     const Index last = first + row_parts.size(job % row_parts.parts);
     const Scratch<T> packed_right(depth * round_up(columns, nr));
