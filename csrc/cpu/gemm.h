@@ -33,6 +33,7 @@
 #include "scratch.h"
 #include "simd.h"
 #include "threads.h"
+#include "vector_math.h"
 
 namespace minidl::MINIDL_ISA {
 
@@ -370,9 +371,48 @@ struct MatrixOut {
   bool contiguous(Index, Index) const { return true; }
 };
 
+// C = A B of few rows, where the columns of B lie in one piece (a layer's weights, transposed):
+// such a product takes as long as B takes to come from memory, so B is read once, where it lies.
+constexpr Index kFewRows = 4;
+
+template <class T, int M>
+void dot_products(Index n, Index k, Matrix<T> a, Matrix<T> b, const T* bias, T* c) {
+  constexpr Index columns = 8;  // of a job
+  parallel_for(divide_up(n, columns), [&](Index job) {
+    for (Index j = job * columns; j < smaller(n, (job + 1) * columns); ++j) {
+      const T* w = b.data + j * b.col_stride;
+      Vec<T> sum[M][2] = {};
+      Index i = 0;
+      for (; i + 2 * kLanes<T> <= k; i += 2 * kLanes<T>) {
+        const Vec<T> w0 = load(w + i), w1 = load(w + i + kLanes<T>);
+        for (int r = 0; r < M; ++r) {
+          const T* x = a.data + r * a.row_stride + i;
+          sum[r][0] += load(x) * w0;
+          sum[r][1] += load(x + kLanes<T>) * w1;
+        }
+      }
+      for (; i < k; i += kLanes<T>) {
+        const Vec<T> last = load_up_to(w + i, k - i, T(0));
+        for (int r = 0; r < M; ++r) {
+          sum[r][0] += load_up_to(a.data + r * a.row_stride + i, k - i, T(0)) * last;
+        }
+      }
+      for (int r = 0; r < M; ++r) {
+        const T total = static_cast<T>(sum_of<T>(sum[r][0] + sum[r][1]));
+        c[r * n + j] = bias ? total + bias[j] : total;
+      }
+    }
+  });
+}
+
 // C = A B, plus a bias for each column if there is one.
 template <class T>
 void matmul(Index m, Index n, Index k, Matrix<T> a, Matrix<T> b, const T* bias, T* c) {
+  if (m <= kFewRows && b.row_stride == 1 && a.col_stride == 1) {
+    constexpr decltype(&dot_products<T, 1>) of_rows[kFewRows] = {
+        dot_products<T, 1>, dot_products<T, 2>, dot_products<T, 3>, dot_products<T, 4>};
+    return of_rows[m - 1](n, k, a, b, bias, c);
+  }
   const MatrixLeft<T> left{a};
   const MatrixRight<T> right{b};
   const MatrixOut<T> out{c, n};
