@@ -440,7 +440,7 @@ def caption_train(
         with screen.status("the frozen encoder looks at every image once ..."):
             train_set, val = (captions.Annotated(model, part) for part in (train_set, val))
     ahead: dict[str, Any] = {"prefetch_thread": True, "device": device}
-    loader = caption_loader(train_set, vocabulary, batch_size, shuffle=True, **ahead)
+    loader = caption_loader(train_set, vocabulary, batch_size, shuffle=True, bucket=freeze, **ahead)
     val_loader = caption_loader(val, vocabulary, 200, **ahead)
     optimizer = optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     scheduler = make_scheduler("onecycle", optimizer, epochs, len(loader))

@@ -382,16 +382,17 @@ def test_buckets_have_every_sample_once_and_little_padding():
         BucketSampler(lengths, 0)
 
 
-def test_loaders_resume_and_load_in_the_background():
+@pytest.mark.parametrize("bucket", [False, True])
+def test_loaders_resume_and_load_in_the_background(bucket):
     data, v = scenes_and_words(20)
-    plain = caption_loader(data, v, 8, shuffle=True, seed=2)
+    plain = caption_loader(data, v, 8, shuffle=True, bucket=bucket, seed=2)
     expected = [b.words.numpy() for b, _ in plain]
     for options in ({"prefetch_thread": True}, {"num_workers": 2}):
-        found = [b.words.numpy() for b, _ in caption_loader(data, v, 8, True, 2, **options)]
+        found = [b.words.numpy() for b, _ in caption_loader(data, v, 8, True, 2, bucket, **options)]
         assert all(map(np.array_equal, expected, found)) and len(found) == len(expected)
-    stopped = caption_loader(data, v, 8, shuffle=True, seed=2)
+    stopped = caption_loader(data, v, 8, shuffle=True, bucket=bucket, seed=2)
     next(iter(stopped))
-    resumed = caption_loader(data, v, 8, shuffle=True, seed=2)
+    resumed = caption_loader(data, v, 8, shuffle=True, bucket=bucket, seed=2)
     resumed.load_state_dict(stopped.state_dict())
     rest = [b.words.numpy() for b, _ in resumed]
     assert len(rest) == len(expected) - 1

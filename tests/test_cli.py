@@ -27,7 +27,7 @@ def commands():
         yield c.callback.__name__, c.callback
     for group in cli.app.registered_groups:
         for c in group.typer_instance.registered_commands:
-            yield f"{group.name} {c.callback.__name__}", c.callback
+            yield f"{group.name} {c.name or c.callback.__name__}", c.callback
 
 
 def call(*arguments, **environment):

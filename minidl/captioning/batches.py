@@ -134,6 +134,7 @@ def caption_loader(
     batch_size: int = 64,
     shuffle: bool = False,
     seed: int | None = None,
+    bucket: bool = False,
     **options: Any,
 ) -> DataLoader:
     """Load (batch, words that come out); see `collate`.
@@ -142,11 +143,14 @@ def caption_loader(
         dataset: of (image, captions), with all captions in `dataset.captions`.
         vocabulary: what numbers the tokens.
         batch_size: captions a batch.
-        shuffle: in buckets of like length, another order each epoch; else in order.
+        shuffle: another order each epoch; else in order.
+        bucket: shuffle in batches of like length. That saves steps, but a batch is then no sample
+            of the data: where length tells what is in the image (one thing or two), batch norm sees
+            other statistics while it learns than later. For encoders that are frozen.
         seed, options: of the `DataLoader` (`num_workers=`, `prefetch_thread=`, `device=`).
     """
     pairs = CaptionPairs(dataset, vocabulary)
-    if not shuffle:
-        return DataLoader(pairs, batch_size, collate_fn=collate, seed=seed, **options)
+    if not (shuffle and bucket):
+        return DataLoader(pairs, batch_size, shuffle, collate_fn=collate, seed=seed, **options)
     sampler = BucketSampler(pairs.lengths, batch_size, seed)
     return DataLoader(pairs, batch_sampler=sampler, collate_fn=collate, seed=seed, **options)
