@@ -40,16 +40,21 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 # The eye ----------------------------------------------------------------------------------
 
 
-def convolutions(widths: Sequence[int] = (32, 64, 96, 128), in_channels: int = 3) -> nn.Sequential:
+def convolutions(
+    widths: Sequence[int] = (32, 64, 96, 128), in_channels: int = 3, more: int = 0
+) -> nn.Sequential:
     """3×3 convolutions with batch norm, max pooling between them: (N, C, H, W) -> (N, D, H', W').
 
     Args:
         widths: channels of each; the last is D. The image is halved len(widths) - 1 times.
         in_channels: C.
+        more: so many convolutions of the last width follow, without pooling. With four widths a
+            place of the grid sees 38 pixels across, and 16 more with each of these: to say "two" of
+            things that lie apart, it has to see both.
     """
     layers: list[nn.Module] = []
-    for width in widths:
-        layers += [nn.MaxPool2d(2)] if layers else []
+    for i, width in enumerate([*widths, *widths[-1:] * more]):
+        layers += [nn.MaxPool2d(2)] if 0 < i < len(widths) else []
         layers += [
             nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),

@@ -110,7 +110,7 @@ def build(config: dict[str, Any], vocabulary: Vocabulary) -> Captioner:
             Of "encoder_weights", a checkpoint of a classifier, its trunk is loaded.
     """
     if config["encoder"] == "cnn":
-        cnn = convolutions(WIDTHS)
+        cnn = convolutions(WIDTHS, more=2)
     else:
         classifier = models.get(config["encoder"], num_classes=1000, in_channels=3)
         if config.get("encoder_weights"):
