@@ -510,16 +510,15 @@ def caption_show(
     (found,) = captioner.hypotheses(Tensor(pixels[None]), beam, max_length, length_penalty)
     table = Table("caption", "likelihood", "a token", box=None, header_style="bold")
     for i, hypothesis in enumerate(found):
-        text = captioner.vocabulary.decode(hypothesis.tokens)
-        n = max(len(hypothesis.tokens), 1)
+        text = captioner.vocabulary.decode(hypothesis.tokens) or "(nothing)"
+        n = len(hypothesis.tokens)
         p = math.exp(hypothesis.log_likelihood), math.exp(hypothesis.log_likelihood / n)
         table.add_row(f"[bold]{text}[/]" if i == 0 else text, f"{p[0]:.3g}", f"{p[1]:.3f}")
     screen = console()
     screen.print(table)
     if isinstance(captioner.decoder, ShowAttend):
-        text = captioner.vocabulary.decode(found[0].tokens)
-        (maps,) = captioner.attention(Tensor(pixels[None]), [text])
-        words = captions.tokens_in_words(captioner, captioner.vocabulary.encode(text)[1:])
+        (maps,) = captioner.attention(Tensor(pixels[None]), [found[0].tokens])
+        words = captions.tokens_in_words(captioner, found[0].tokens)
         out = out or Path(f"{image.stem}-attention.png")
         captions.draw_attention(pixels, words, maps, out)
         screen.print(f"where it looked: {out}")

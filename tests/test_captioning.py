@@ -276,6 +276,7 @@ def test_captioners_refuse():
         (lambda: model.log_likelihood(a, CAPTIONS[:2]), "as many captions"),
         (lambda: model.log_likelihood(a[:1], " "), "a list of as many captions"),
         (lambda: model.log_likelihood(a[:1], [" . "]), "empty caption"),
+        (lambda: model.log_likelihood(a[:1], [()]), "empty caption"),
         (lambda: model.attention(a, CAPTIONS), "has no attention"),
         (lambda: model.generate(a, beam=2, top_k=3), "exclude each other"),
         (lambda: model.generate(a, beam=0), "beam is at least 1"),
@@ -415,6 +416,12 @@ def test_sentences_do_not_disturb_one_another():
         ]
         for one, other in zip(itertools.chain(*together), itertools.chain(*alone)):
             assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-9)
+        said = [row[0] for row in together]
+        np.testing.assert_allclose(
+            model.log_likelihood(a, [h.tokens for h in said]), [h.log_likelihood for h in said]
+        )
+    maps = model.attention(a[:2], [(3, 4), (EOS,)])  # what a search may say, an empty one too
+    assert [m.shape for m in maps] == [(2, a.shape[1]), (1, a.shape[1])]
     lengths = {len(row[0].tokens) for row in model.hypotheses(a, max_length=8)}
     assert len(lengths) > 1  # some ended, others went on
 

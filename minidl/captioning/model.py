@@ -439,8 +439,14 @@ class Captioner(nn.Module):
                 self.decoder, state, n, **limits, beam=beam, length_penalty=length_penalty
             )
 
-    def log_likelihood(self, images: Tensor, captions: Sequence[str]) -> np.ndarray:
+    def log_likelihood(
+        self, images: Tensor, captions: Sequence[str | Sequence[int]]
+    ) -> np.ndarray:
         """log p(caption | image), in nats, of one caption for each image (in eval mode): (N,).
+
+        Args:
+            images: (N, C, H, W), or annotation vectors (N, L, D).
+            captions: N of them: as text, or as tokens without BOS (as a `Hypothesis` has them).
 
         Raises:
             ValueError: not as many captions as images; an empty caption.
@@ -454,8 +460,13 @@ class Captioner(nn.Module):
         np.add.at(totals, order[rows], said)
         return totals
 
-    def attention(self, images: Tensor, captions: Sequence[str]) -> list[np.ndarray]:
-        """Where the model looks for each token of a caption (its last one is EOS): (T, L) each.
+    def attention(
+        self, images: Tensor, captions: Sequence[str | Sequence[int]]
+    ) -> list[np.ndarray]:
+        """Where the model looks for each token of a caption (of a text, the last is EOS): (T, L).
+
+        Args:
+            images, captions: as for `log_likelihood`.
 
         Raises:
             ValueError: as `log_likelihood`; the decoder has no attention.
@@ -472,12 +483,15 @@ class Captioner(nn.Module):
         return [np.stack(steps) for steps in maps]
 
     def batch(
-        self, images: Tensor, captions: Sequence[str]
+        self, images: Tensor, captions: Sequence[str | Sequence[int]]
     ) -> tuple[CaptionBatch, Tensor, np.ndarray]:
         """One caption for each image, as the decoder takes them; which image each row is of."""
         if isinstance(captions, str) or len(captions) != len(images):
             raise ValueError(f"{len(images)} images need a list of as many captions")
-        numbers = [self.vocabulary.encode(caption) for caption in captions]
+        encode = self.vocabulary.encode
+        numbers = [encode(c) if isinstance(c, str) else [BOS, *c] for c in captions]
+        if [BOS] in numbers:
+            raise ValueError("an empty caption: it has no tokens")
         order = np.argsort([-len(n) for n in numbers], kind="stable")
         batch, targets = collate([(np.zeros(0), numbers[i]) for i in order])
         batch = batch.to(images.device)._replace(images=images[to_device(order, images.device)])
