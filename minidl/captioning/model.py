@@ -53,7 +53,7 @@ def convolutions(
             things that lie apart, it has to see both.
     """
     layers: list[nn.Module] = []
-    for i, width in enumerate([*widths, *widths[-1:] * more]):
+    for i, width in enumerate([*widths, *([widths[-1]] * more)]):
         layers += [nn.MaxPool2d(2)] if 0 < i < len(widths) else []
         layers += [
             nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
@@ -439,9 +439,7 @@ class Captioner(nn.Module):
                 self.decoder, state, n, **limits, beam=beam, length_penalty=length_penalty
             )
 
-    def log_likelihood(
-        self, images: Tensor, captions: Sequence[str | Sequence[int]]
-    ) -> np.ndarray:
+    def log_likelihood(self, images: Tensor, captions: Sequence[str | Sequence[int]]) -> np.ndarray:
         """log p(caption | image), in nats, of one caption for each image (in eval mode): (N,).
 
         Args:
