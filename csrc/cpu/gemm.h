@@ -408,6 +408,10 @@ void dot_products(Index n, Index k, Matrix<T> a, Matrix<T> b, const T* bias, T* 
 // C = A B, plus a bias for each column if there is one.
 template <class T>
 void matmul(Index m, Index n, Index k, Matrix<T> a, Matrix<T> b, const T* bias, T* c) {
+  if (n == 1 && m > 1 && !bias) {  // one column: the same numbers are one row of Cᵀ = Bᵀ Aᵀ
+    return matmul<T>(1, m, k, {b.data, b.col_stride, b.row_stride},
+                     {a.data, a.col_stride, a.row_stride}, nullptr, c);
+  }
   if (m <= kFewRows && b.row_stride == 1 && a.col_stride == 1) {
     constexpr decltype(&dot_products<T, 1>) of_rows[kFewRows] = {
         dot_products<T, 1>, dot_products<T, 2>, dot_products<T, 3>, dot_products<T, 4>};

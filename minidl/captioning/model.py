@@ -152,7 +152,9 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def advance(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One step, embedded words in: (N, E) -> (what `logits` takes, (N, M); the next state)."""
+        """One step, embedded words in: (N, E) -> (what `logits` takes, (N, M); the next state).
+
+        What no later step waits for is left to `logits`, which then computes it for all steps."""
         raise NotImplementedError
 
     def logits(self, m: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: shapes do not fit; lengths not in order.
         """
-        return self.logits(self.drop(minidl.cat(self.run(a, words, lengths))))
+        return self.logits(minidl.cat(self.run(a, words, lengths)))
 
     def run(self, a: Tensor, words: Tensor, lengths: Tensor) -> list[Tensor]:
         """Step by step, those that still run: for each step, (how many, M)."""
@@ -282,7 +284,7 @@ class ShowAndTell(Decoder):
         return self.recur(x, state)
 
     def logits(self, m: Tensor) -> Tensor:
-        return self.output(m)
+        return self.output(self.drop(m))
 
     def run(self, a: Tensor, words: Tensor, lengths: Tensor) -> list[Tensor]:
         if self.training and self.teacher_forcing < 1:
@@ -353,10 +355,12 @@ class ShowAttend(Decoder):
         self.maps.append(alpha.array)
         z = F.sigmoid(self.beta(h)) * (alpha.unsqueeze(1) @ a).squeeze(1)
         out, states = self.recur(minidl.cat([x, z], dim=1), tuple(before))
-        return F.tanh(x + self.L_h(out) + self.L_z(z)), (*states, a, Ua)
+        return minidl.cat([x, out, z], dim=1), (*states, a, Ua)
 
     def logits(self, m: Tensor) -> Tensor:
-        return self.output(m)
+        E, H = self.embed.embedding_dim, self.rnn.hidden_size
+        x, h, z = m[:, :E], m[:, E : E + H], m[:, E + H :]
+        return self.output(self.drop(F.tanh(x + self.L_h(h) + self.L_z(z))))
 
 
 # Both -------------------------------------------------------------------------------------

@@ -19,6 +19,12 @@ def matmul(x, y):
     """NumPy's x @ y: vectors, matrices (..., m, k) @ (..., k, n), with batches broadcast."""
     if x.ndim == 2 and y.ndim == 2:
         return x.dot(y)  # the same as @, which takes twice as long to start
+    return batched(x, y)
+
+
+def batched(x: Any, y: Any) -> Any:
+    if x.ndim > 2 and y.ndim > 1 and x.shape[-1] == y.shape[-2] == 1:
+        return x * y  # outer products: ten times as fast as NumPy's loop over the batch
     return x @ y
 
 
@@ -53,7 +59,7 @@ def _(x, y):
         return native.matmul(x, y)
     if x.ndim > 2 and y.ndim == 2:
         return matmul(x.reshape(-1, x.shape[-1]), y).reshape(*x.shape[:-1], y.shape[1])
-    return x @ y
+    return batched(x, y)
 
 
 @op
