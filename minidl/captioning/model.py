@@ -123,6 +123,8 @@ class Decoder(nn.Module):
     `self.per_layer` ones are the recurrent network's (layers, N, H), the others are (N, ...).
     """
 
+    output: nn.Linear  # what `readout` gives -> logits
+
     def __init__(
         self,
         vocabulary: Vocabulary,
@@ -152,14 +154,16 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def advance(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One step, embedded words in: (N, E) -> (what `logits` takes, (N, M); the next state).
-
-        What no later step waits for is left to `logits`, which then computes it for all steps."""
+        """One step, embedded words in: (N, E) -> (what `readout` takes, (N, M); the next state)."""
         raise NotImplementedError
+
+    def readout(self, m: Tensor) -> Tensor:
+        """What the last layer takes. No later step waits for it: it is computed for all at once."""
+        return m
 
     def logits(self, m: Tensor) -> Tensor:
         """(N, M) -> (N, V)."""
-        raise NotImplementedError
+        return self.output(self.readout(m))
 
     def step(self, words: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step: words (N,) -> (logits of the next words (N, V), the next state)."""
@@ -192,7 +196,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: shapes do not fit; lengths not in order.
         """
-        return self.logits(minidl.cat(self.run(a, words, lengths)))
+        return self.output(self.drop(self.readout(minidl.cat(self.run(a, words, lengths)))))
 
     def run(self, a: Tensor, words: Tensor, lengths: Tensor) -> list[Tensor]:
         """Step by step, those that still run: for each step, (how many, M)."""
@@ -283,9 +287,6 @@ class ShowAndTell(Decoder):
     def advance(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self.recur(x, state)
 
-    def logits(self, m: Tensor) -> Tensor:
-        return self.output(self.drop(m))
-
     def run(self, a: Tensor, words: Tensor, lengths: Tensor) -> list[Tensor]:
         if self.training and self.teacher_forcing < 1:
             return super().run(a, words, lengths)
@@ -357,10 +358,10 @@ class ShowAttend(Decoder):
         out, states = self.recur(minidl.cat([x, z], dim=1), tuple(before))
         return minidl.cat([x, out, z], dim=1), (*states, a, Ua)
 
-    def logits(self, m: Tensor) -> Tensor:
+    def readout(self, m: Tensor) -> Tensor:
         E, H = self.embed.embedding_dim, self.rnn.hidden_size
         x, h, z = m[:, :E], m[:, E : E + H], m[:, E + H :]
-        return self.output(self.drop(F.tanh(x + self.L_h(h) + self.L_z(z))))
+        return F.tanh(x + self.L_h(h) + self.L_z(z))
 
 
 # Both -------------------------------------------------------------------------------------
