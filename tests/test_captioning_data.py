@@ -15,7 +15,16 @@ from PIL import Image
 
 from minidl.captioning import BucketSampler, Vocabulary, caption_loader, tokenize
 from minidl.captioning.vocabulary import BOS, EOS, PAD, SPECIAL, UNK
-from minidl.data import CocoCaptions, DataError, DataLoader, Flickr8k, MissingDataError, ShapeScenes
+from minidl.data import (
+    CocoCaptions,
+    DataError,
+    DataLoader,
+    Digits,
+    DigitStrings,
+    Flickr8k,
+    MissingDataError,
+    ShapeScenes,
+)
 from minidl.data.scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, SIZES, draw, imagine, place
 from minidl.data.transforms import CenterCrop, Compose, Resize
 
@@ -44,6 +53,43 @@ def test_scenes_have_all_counts_and_relations():
     assert {sum(g.number for g in s.groups) for s in scenes} == {1, 2, 3, 4}
     assert {s.relation for s in scenes} == {None, *RELATIONS}
     assert all(s.groups[0][2:] != s.groups[1][2:] for s in scenes if s.relation)
+
+
+def test_compounds_of_the_test_are_new_words():
+    """Every letter of them is known from training, but no word of them."""
+
+    def compounds(split):
+        captions = itertools.chain(*ShapeScenes(split, 500, compounds=True).captions)
+        return {
+            w for w in itertools.chain(*map(str.split, captions)) if w.startswith(tuple(COLOURS))
+        }
+
+    held_out = tuple(colour + shape for colour, shape in HELD_OUT)
+    new = {word for word in compounds("test") if word.startswith(held_out)}
+    assert len(new) >= 8 and not new & compounds("train")
+    one, two = (ShapeScenes("test", 50, compounds=c).captions for c in (False, True))
+    assert [[c.replace(" ", "") for c in some] for some in one] == [
+        [c.replace(" ", "") for c in some] for some in two
+    ]
+
+
+def test_digit_strings_are_those_digits():
+    strings, singles = DigitStrings(train=False, length=20), Digits(train=False)
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    image, (caption,) = strings[7]
+    assert image.shape == (1, 8, 24) and image.dtype == np.float32
+    for part, word in zip(np.split(image, 3, axis=2), caption.split(), strict=True):
+        (where,) = [i for i in range(len(singles)) if np.array_equal(singles[i][0], part)]
+        assert names[singles[where][1]] == word
+    assert DigitStrings(length=4, digits=5)[0][0].shape == (1, 8, 40)
+    assert DigitStrings(train=False, length=30).captions[:20] == strings.captions
+    assert DigitStrings(train=False, length=20, seed=1).captions != strings.captions
+    assert np.array_equal(
+        DigitStrings(length=1, transform=lambda x: -x)[0][0], -DigitStrings()[0][0]
+    )
+    for wrong in ({"length": 0}, {"digits": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            DigitStrings(**wrong)
 
 
 def test_captions_follow_the_grammar():

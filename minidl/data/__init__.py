@@ -16,7 +16,7 @@ from minidl.data.dataset import (
     TensorDataset,
     random_split,
 )
-from minidl.data.digits import Digits
+from minidl.data.digits import Digits, DigitStrings
 from minidl.data.errors import DataError, MissingDataError
 from minidl.data.folder import ImageFolder
 from minidl.data.image import ImageDataset
@@ -39,6 +39,7 @@ __all__ = [
     "DataError",
     "DataLoader",
     "Dataset",
+    "DigitStrings",
     "Digits",
     "FashionMNIST",
     "Flickr8k",

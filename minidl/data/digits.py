@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from minidl.data.dataset import Dataset
 from minidl.data.errors import DataError, MissingDataError
 from minidl.data.files import read_bytes
 from minidl.data.image import ImageDataset, Transform, check_labels
+from minidl.data.randomness import stream
 
 TRAIN = 1437  # of 1,797; the test images are of other writers
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class Digits(ImageDataset):
@@ -46,6 +50,50 @@ class Digits(ImageDataset):
         images = (rows[:, :64].reshape(-1, 1, 8, 8) / 16).astype(np.float32)
         check_labels(rows[:, 64], len(rows), 10, path)
         super().__init__(images, rows[:, 64], transform, target_transform)
+
+
+class DigitStrings(Dataset):
+    """Digits side by side and their names, "three seven one": (image, captions).
+
+    The image is float32 (1, 8, 8·digits) in [0, 1], given to `transform`; captions are a list of
+    one string. Which digits stand in string number i depends on (seed, train, i) only.
+
+    Args:
+        train: strings of the training images of `Digits`, or of its test images.
+        length: how many strings; by default 5,000 for training, else 1,000.
+        digits: in a string.
+
+    Attributes:
+        captions: of every string, a list of lists.
+
+    Raises:
+        MissingDataError: scikit-learn is not installed.
+        ValueError: length or digits < 1.
+    """
+
+    def __init__(
+        self,
+        train: bool = True,
+        length: int | None = None,
+        digits: int = 3,
+        seed: int = 0,
+        transform: Transform | None = None,
+    ) -> None:
+        length = (5_000 if train else 1_000) if length is None else length
+        if length < 1 or digits < 1:
+            raise ValueError(f"length and digits are at least 1, got {length} and {digits}")
+        self.singles, self.transform = Digits(train), transform
+        rng = stream(seed, int(train), 0)
+        self.chosen = rng.integers(len(self.singles), size=(length, digits))
+        labels = self.singles.targets[self.chosen]
+        self.captions = [[" ".join(NAMES[label] for label in row)] for row in labels]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[Any, list[str]]:
+        image: Any = np.concatenate([self.singles[i][0] for i in self.chosen[index]], axis=2)
+        return self.transform(image) if self.transform else image, self.captions[index]
 
 
 def digits_file() -> Path:

@@ -69,9 +69,10 @@ class Group(NamedTuple):
     colour: str
     shape: str
 
-    def __str__(self) -> str:
+    def words(self, between: str = " ") -> str:
+        """In words; `between` stands between colour and shape."""
         plural = "" if self.number == 1 else "es" if self.shape == "cross" else "s"
-        return f"{COUNTS[self.number - 1]} {self.size} {self.colour} {self.shape}{plural}"
+        return f"{COUNTS[self.number - 1]} {self.size} {self.colour}{between}{self.shape}{plural}"
 
 
 class Scene(NamedTuple):
@@ -80,11 +81,12 @@ class Scene(NamedTuple):
     groups: tuple[Group, ...]
     relation: str | None = None
 
-    def captions(self) -> list[str]:
-        """All sentences of the grammar that are true of it."""
-        sentences = [str(self.groups[0])]
+    def captions(self, between: str = " ") -> list[str]:
+        """All sentences of the grammar that are true of it; `between`: see `Group.words`."""
+        one, *others = (group.words(between) for group in self.groups)
+        sentences = [one]
         if self.relation:
-            one, other = self.groups
+            (other,) = others
             sentences = [
                 f"{one} {self.relation} {other}",
                 f"{other} {RELATIONS[self.relation]} {one}",
@@ -104,6 +106,9 @@ class ShapeScenes(Dataset):
         split: "train" and "val": scenes without a pair of `HELD_OUT`; "test": each has one.
         length: how many scenes; by default 10,000 for training, else 1,000.
         image_size: at least 64.
+        compounds: write colour and shape as one word, "two small redsquares". The words of pairs in
+            `HELD_OUT` then never occur in training: no vocabulary of whole words can say them, one
+            of characters or byte pairs may.
 
     Attributes:
         captions: of every scene, a list of lists.
@@ -122,6 +127,7 @@ class ShapeScenes(Dataset):
         seed: int = 0,
         image_size: int = 64,
         transform: Transform | None = None,
+        compounds: bool = False,
     ) -> None:
         if split not in self.splits:
             raise ValueError(f"split {split!r}: expected one of {', '.join(self.splits)}")
@@ -133,7 +139,7 @@ class ShapeScenes(Dataset):
             )
         self.split, self.seed, self.image_size, self.transform = split, seed, image_size, transform
         self.scenes = [imagine(self._random(i, 0), split == "test") for i in range(length)]
-        self.captions = [scene.captions() for scene in self.scenes]
+        self.captions = [scene.captions("" if compounds else " ") for scene in self.scenes]
         self._drawn: dict[int, np.ndarray] = {}
 
     def _random(self, index: int, what: int) -> np.random.Generator:
