@@ -227,19 +227,23 @@ def draw_attention(
     """The image, and for each word where the model looked before it said it.
 
     Args:
-        image: (3, H, W) in [0, 1].
+        image: (3, H, W) or (1, H, W) in [0, 1].
         words: T of them.
-        maps: (T, L) attention, the places row by row; the grid is square, as the image is.
+        maps: (T, L) attention, the places row by row; the grid is as high and wide as the image is.
         path: the picture to write.
     """
     from matplotlib.figure import Figure
 
-    side = math.isqrt(maps.shape[1])
+    height, width = image.shape[1:]
+    grid_rows = max(1, round(math.sqrt(maps.shape[1] * height / width)))
     columns = min(len(words) + 1, 7)
     rows = -(-(len(words) + 1) // columns)
-    figure = Figure(figsize=(1.7 * columns, 1.95 * rows), layout="constrained")
+    figure = Figure(
+        figsize=(1.7 * columns, (1.7 * height / width + 0.25) * rows), layout="constrained"
+    )
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    picture, box = image.transpose(1, 2, 0).clip(0, 1), (0, image.shape[2], image.shape[1], 0)
+    picture = np.broadcast_to(image, (3, height, width)).transpose(1, 2, 0).clip(0, 1)
+    box = (0, width, height, 0)
     for axis in grid:
         axis.axis("off")
     grid[0].imshow(picture, extent=box)
@@ -247,7 +251,7 @@ def draw_attention(
     for axis, word, alpha in zip(grid[1:], words, maps):
         axis.imshow(picture.mean(axis=2), "gray", vmin=0, vmax=1.6, extent=box)
         axis.imshow(
-            alpha.reshape(side, side), "inferno", alpha=0.6, extent=box, interpolation="bilinear"
+            alpha.reshape(grid_rows, -1), "inferno", alpha=0.6, extent=box, interpolation="bilinear"
         )
         axis.set_title(word, fontsize=9)
     figure.savefig(path, dpi=130)
