@@ -235,4 +235,4 @@ figure.savefig(FIGURES / "11_defences.png", dpi=120)
 #    like digits?
 # 5. `minidl attack RUN` does all this for a network trained by `minidl train`.
 #
-# `minidl/attack.py` is the whole family.
+# `minidl/attack.py` is the whole family. Next: `12_from_one_word_to_a_sentence.py`.

@@ -101,7 +101,12 @@ print("images", batch.images.shape, "words that go in", batch.words.shape,
 # The convolutions of the classifier, without its last layer, leave a grid of 2×6 *annotation
 # vectors* for a string: what there is in each place. They shall stay as they are. Nothing is lost
 # thereby, and much is saved: the vectors of all images are computed once, and an epoch costs the
-# decoder only.
+# decoder only. This is what the decoder does at every step:
+
+# %%
+print(minidl.source(ShowAttend.advance))
+
+# %% [markdown]
 #
 # The control is the same CNN with random weights, frozen too. If it did as well, the decoder would
 # do the work, and freezing would mean nothing.
@@ -243,4 +248,16 @@ draw_attention(image, words, maps, FIGURES / "12_composing.png")
 # Scenes of several things, counted and in relation ("two small red stars above a blue cross"), take
 # some minutes: `minidl caption train`, then `minidl caption IMAGE --model runs/caption-scenes`.
 # What it takes for photographs, and how BLEU praises a model that does not look, is measured by
-# `benchmarks/experiments/captions.py`.
+# `python benchmarks/experiments/captions.py --root DIR`.
+#
+# ## Try this
+#
+# 1. Four digits instead of three: `DigitStrings(digits=4)`. What does the model of three say of
+#    them, and how far does it look to the right?
+# 2. Unfreeze the CNN of the strings. Do they get better? What does an epoch cost now?
+# 3. `ShowAndTell` in place of `ShowAttend` sees the mean of all places, once. Which of the tasks
+#    above can it still do?
+# 4. Spell: `Vocabulary.build(..., kind="character")`. Can it say a number it never saw whole?
+# 5. Draw words at random: `model.generate(images, temperature=1.5, seed=0)`, then with `top_p=0.9`.
+#
+# `minidl/captioning/model.py` holds both decoders, `minidl/captioning/decoding.py` the searches.
