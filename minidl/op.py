@@ -223,6 +223,8 @@ registry: dict[str, OpFunction] = {}
 
 # Called with each new node when set; `explain` uses it to note the user's source line.
 on_record: Callable[[Node], None] | None = None
+# Called with each op on Tensors that ran, when set: the op, its inputs, its settings, the result.
+on_call: Callable[[Op, tuple[Any, ...], dict[str, Any], Tensor], None] | None = None
 
 
 @overload
@@ -316,6 +318,8 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
         else:
             y._requires_grad = False
             y.node = None
+        if on_call is not None:
+            on_call(this, inputs, kwargs, y)
         return y
 
     def gradient(rule: Formula) -> Formula:

@@ -1,0 +1,306 @@
+"""What a network computes, as a list: every op that ran, in order, on which values.
+
+    graph = trace(model, images)          # runs the model twice, in eval mode
+    for step in graph.steps:
+        print(step.layer, step.op, step.inputs, step.settings)
+    graph(images)                         # the same result, without the model
+
+A list can be looked through and rewritten, which a model's Python cannot: quantization replaces its
+steps by integer ones, and export writes it as a file. What does not depend on the input is computed
+once: of a batch norm remains a scale and a shift.
+
+The batch size must not stay in the list, though reshapes name it. The model therefore runs on two
+batches of different size: where a setting differs as they do, it is a multiple of the batch size;
+if anything else differs, the model depends on its input in a way that a list cannot have.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import minidl
+from minidl.attack import deployed
+from minidl.nn import Module
+from minidl.op import Op, registry
+from minidl.tensor import Tensor
+
+__all__ = ["Graph", "PerSample", "Ref", "Step", "trace"]
+
+
+class Ref(NamedTuple):
+    """A value by its number: an input, a constant or a step's output."""
+
+    number: int
+
+
+class PerSample(NamedTuple):
+    """A number of a setting that is so many times the batch size."""
+
+    times: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """An op that ran.
+
+    Attributes:
+        op: its name in the registry.
+        inputs: a `Ref` for each tensor; numbers and None as they are.
+        settings: keyword arguments, with `PerSample` where a number depends on the batch size.
+        output: which value it made.
+        layer: dotted name of the innermost module that ran it.
+        shape, dtype: of the output; shape[0] is `PerSample` where it is the batch size.
+    """
+
+    op: str
+    inputs: tuple[Any, ...]
+    settings: dict[str, Any]
+    output: Ref
+    layer: str
+    shape: tuple[Any, ...]
+    dtype: str
+
+    def refs(self) -> Iterator[Ref]:
+        """The values that it reads."""
+        return (x for x in self.inputs if isinstance(x, Ref))
+
+
+@dataclass
+class Graph:
+    """Steps, and what they compute with. Call it with inputs as the model was.
+
+    Attributes:
+        steps: in the order in which they run.
+        inputs: numbers of the inputs.
+        output: `Ref`, or a tuple, list or dict of them, as the model returned.
+        constants: values that do not depend on the inputs: parameters, and what is made of them.
+        names: of constants that are the model's parameters and buffers.
+    """
+
+    steps: list[Step]
+    inputs: list[Ref]
+    output: Any
+    constants: dict[Ref, Tensor]
+    names: dict[Ref, str] = field(default_factory=dict)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.run(inputs)
+
+    def run(self, inputs: Any, watch: Callable[[Step, list[Any], Any], Any] | None = None) -> Any:
+        """Compute.
+
+        Args:
+            inputs: as the model takes them; any batch size.
+            watch: called after each step with (step, its inputs, its output); what it returns, if
+                it is not None, replaces the output.
+
+        Raises:
+            ValueError: another number of inputs than were traced.
+        """
+        if len(inputs) != len(self.inputs):
+            raise ValueError(f"expected {len(self.inputs)} inputs, got {len(inputs)}")
+        values: dict[Ref, Any] = {**self.constants, **dict(zip(self.inputs, inputs))}
+        done = self.last_uses()
+        n = len(inputs[0])
+        for i, step in enumerate(self.steps):
+            given = [values[x] if isinstance(x, Ref) else x for x in step.inputs]
+            y = registry[step.op](*given, **resolve(step.settings, n))
+            changed = None if watch is None else watch(step, given, y)
+            values[step.output] = y if changed is None else changed
+            for ref in done.get(i, ()):
+                del values[ref]
+        return nested(self.output, lambda x: values[x] if isinstance(x, Ref) else x)
+
+    def last_uses(self) -> dict[int, list[Ref]]:
+        """What can be forgotten after each step."""
+        last: dict[Ref, int] = {}
+        for i, step in enumerate(self.steps):
+            last[step.output] = i
+            last.update((ref, i) for ref in step.refs() if ref not in self.constants)
+        for ref in refs_in(self.output):
+            last.pop(ref, None)
+        done: dict[int, list[Ref]] = {}
+        for ref, i in last.items():
+            done.setdefault(i, []).append(ref)
+        return done
+
+    def users(self, ref: Ref) -> list[Step]:
+        """The steps that read a value; the model's output counts as one that is None."""
+        found: list[Any] = [step for step in self.steps if ref in step.inputs]
+        return found + [None] * (ref in refs_in(self.output))
+
+    def new_ref(self) -> Ref:
+        used = [*self.inputs, *self.constants, *(step.output for step in self.steps)]
+        return Ref(1 + max(ref.number for ref in used))
+
+    def constant(self, value: Tensor) -> Ref:
+        """Add a constant."""
+        ref = self.new_ref()
+        self.constants[ref] = value
+        return ref
+
+    def copy(self) -> Graph:
+        return replace(
+            self, steps=[*self.steps], constants={**self.constants}, names={**self.names}
+        )
+
+
+def trace(model: Module, *inputs: Tensor) -> Graph:
+    """Run a model, in eval mode, and write down what it computes.
+
+    Args:
+        inputs: as it takes them, batches: their first dimension is the batch size, at least 1.
+
+    Raises:
+        ValueError: no inputs, or without a batch dimension.
+        RuntimeError: what it computes depends on its input (an `if`, a loop as long as a sentence)
+            or on more than ops on tensors.
+    """
+    if not inputs or any(x.ndim == 0 or len(x) != len(inputs[0]) or not len(x) for x in inputs):
+        raise ValueError(
+            f"trace needs batches of equal size, got shapes {[tuple(x.shape) for x in inputs]}"
+        )
+    more = [minidl.cat([x, x[:1]]).detach() for x in inputs]
+    one, two = Recorder(model).record(inputs), Recorder(model).record(more)
+    sizes = len(inputs[0]), len(more[0])
+
+    def why(what: str) -> RuntimeError:
+        return RuntimeError(f"{type(model).__name__} cannot be traced: {what}")
+
+    if [step.op for step in one.steps] != [step.op for step in two.steps]:
+        raise why("it computes something else for another batch")
+    steps = []
+    for a, b in zip(one.steps, two.steps):
+        one_, two_ = ((s.settings, s.inputs, s.shape) for s in (a, b))
+        try:
+            settings, given, shape = merged(one_, two_, sizes)
+        except ValueError as error:
+            raise why(f"{error}, in op {a.op} of layer {a.layer!r}") from None
+        steps.append(replace(a, settings=settings, inputs=given, shape=shape))
+    for ref, value in one.constants.items():
+        if not np.array_equal(value.numpy(), two.constants[ref].numpy(), equal_nan=True):
+            raise why(
+                f"a constant of shape {tuple(value.shape)} depends on the input: it was computed "
+                "outside minidl's ops, or it is random"
+            )
+    graph = replace(one, steps=steps)
+    if not any(ref in {step.output for step in steps} for ref in refs_in(graph.output)):
+        raise why("its output does not come from ops on its input")
+    return graph
+
+
+class Recorder:
+    """Notes the ops of one run."""
+
+    def __init__(self, model: Module) -> None:
+        self.model = model
+        self.graph = Graph([], [], None, {})
+        self.refs: dict[int, Ref] = {}  # id of an array -> its value
+        self.kept: list[Any] = []  # so that no id is used twice
+        self.live: set[Ref] = set()  # what depends on the inputs
+        self.count = 0
+        self.where = [""]
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self.names = {id(tensor.array): name for name, tensor in named}
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """The value's number; of a tensor that no op made: a new constant's."""
+        found = self.refs.get(id(tensor.array))
+        if found is None:
+            found = self.number(tensor)
+            self.graph.constants[found] = tensor.detach()
+            if id(tensor.array) in self.names:
+                self.graph.names[found] = self.names[id(tensor.array)]
+        return found
+
+    def number(self, tensor: Tensor) -> Ref:
+        ref = self.refs[id(tensor.array)] = Ref(self.count)
+        self.kept.append(tensor.array)
+        self.count += 1
+        return ref
+
+    def note(self, op: Op, inputs: tuple[Any, ...], settings: dict[str, Any], y: Tensor) -> None:
+        given = tuple(self.ref(x) if isinstance(x, Tensor) else x for x in inputs)
+        out = self.number(y)
+        if self.live.isdisjoint(x for x in given if isinstance(x, Ref)):
+            self.graph.constants[out] = y.detach()
+            return
+        self.live.add(out)
+        self.graph.steps.append(
+            Step(op.name, given, {**op.defaults, **settings}, out, self.where[-1], y.shape,
+                 y.dtype.name)
+        )  # fmt: skip
+
+    def leave(self, module: Module, args: Any, out: Any) -> None:
+        self.where.pop()
+
+    def record(self, inputs: Any) -> Graph:
+        self.graph.inputs = [self.number(x) for x in inputs]
+        self.live.update(self.graph.inputs)
+        hooks = []
+        for name, module in self.model.named_modules():
+            enter: Any = lambda module, args, name=name: self.where.append(name)  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(module.register_forward_hook(self.leave))
+        ops: Any = importlib.import_module("minidl.op")  # the name `op` in minidl is the decorator
+        before, ops.on_call = ops.on_call, self.note
+        try:
+            with minidl.no_grad(), deployed(self.model):
+                out = self.model(*inputs)
+        finally:
+            ops.on_call = before
+            for hook in hooks:
+                hook.remove()
+        self.graph.output = nested(out, lambda x: self.ref(x) if isinstance(x, Tensor) else x)
+        used = set(refs_in(self.graph.output)).union(*(step.refs() for step in self.graph.steps))
+        self.graph.constants = {r: v for r, v in self.graph.constants.items() if r in used}
+        self.graph.names = {r: name for r, name in self.graph.names.items() if r in used}
+        return self.graph
+
+
+def merged(a: Any, b: Any, sizes: tuple[int, int]) -> Any:
+    """What two runs had; `PerSample` where numbers differ as the batch sizes do."""
+    if type(a) is type(b) and isinstance(a, int) and a != b:
+        if a % sizes[0] == 0 and b % sizes[1] == 0 and a // sizes[0] == b // sizes[1]:
+            return PerSample(a // sizes[0])
+        raise ValueError(f"{a} and {b} for batches of {sizes[0]} and {sizes[1]}")
+    if type(a) is not type(b) or (isinstance(a, Ref) and a != b):
+        raise ValueError(f"{a!r} and {b!r} for batches of {sizes[0]} and {sizes[1]}")
+    if isinstance(a, slice):
+        return slice(*merged((a.start, a.stop, a.step), (b.start, b.stop, b.step), sizes))
+    if isinstance(a, dict) and a.keys() == b.keys():
+        return {key: merged(a[key], b[key], sizes) for key in a}
+    if type(a) in (tuple, list) and len(a) == len(b):
+        return type(a)(merged(x, y, sizes) for x, y in zip(a, b))
+    if isinstance(a, np.ndarray) and np.array_equal(a, b):
+        return a
+    if isinstance(a, float | str | bool | int | Ref | np.generic | None) and a == b:
+        return a
+    raise ValueError(f"{a!r} and {b!r}")
+
+
+def resolve(setting: Any, n: int) -> Any:
+    """A setting for a batch of n."""
+    return nested(setting, lambda x: x.times * n if isinstance(x, PerSample) else x)
+
+
+def nested(x: Any, change: Callable[[Any], Any]) -> Any:
+    """x with its leaves changed: dicts, lists, plain tuples and slices are gone through."""
+    if isinstance(x, dict):
+        return {key: nested(value, change) for key, value in x.items()}
+    if type(x) in (tuple, list):
+        return type(x)(nested(value, change) for value in x)
+    if isinstance(x, slice):
+        return slice(*(nested(v, change) for v in (x.start, x.stop, x.step)))
+    return change(x)
+
+
+def refs_in(x: Any) -> list[Ref]:
+    found: list[Ref] = []
+    nested(x, lambda leaf: found.append(leaf) if isinstance(leaf, Ref) else None)
+    return found
