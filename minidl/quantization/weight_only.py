@@ -11,6 +11,7 @@ channel (Krishnamoorthi 2018, section 2.2.2).
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ml_dtypes
@@ -61,23 +62,17 @@ class WeightOnlyLinear(nn.Module):
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        device = linear.weight.device
-        w = linear.weight.numpy().astype(np.float32)
-        largest = np.abs(w).max(axis=1, initial=0)
-        if not np.isfinite(largest).all():
-            raise ValueError(f"row {int(np.argmin(np.isfinite(largest)))} of weight is not finite")
-        if dtype == "float16" and largest.max(initial=0) > np.finfo(np.float16).max:
-            raise ValueError(
-                f"a weight of {largest.max():g} is too large for float16, which ends at 65504: "
-                "take bfloat16 or int8"
-            )
-        scale = None
+        device, scale = linear.weight.device, None
         if dtype == "int8":
+            w, largest = finite(linear.weight)
             s = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
             s = np.maximum(s, np.finfo(np.float32).tiny)  # a row of subnormal numbers
-            w, scale = np.rint(w / s[:, None]), Tensor(s).to(device)
+            q = np.rint(w / s[:, None]).astype(DTYPES[dtype])
+            weight, scale = Tensor(q).to(device), Tensor(s).to(device)
+        else:
+            weight = narrowed(linear.weight, DTYPES[dtype])
         bias = None if linear.bias is None else Tensor(linear.bias.array.copy())
-        return cls(Tensor(w.astype(DTYPES[dtype])).to(device), scale, bias)
+        return cls(weight, scale, bias)
 
     def forward(self, input: Tensor) -> Tensor:
         w: Any = self.weight
@@ -92,6 +87,66 @@ class WeightOnlyLinear(nn.Module):
         )
 
 
+def finite(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """A weight in float32, and the largest |w| of each row.
+
+    Raises:
+        ValueError: a row is not finite.
+    """
+    w = weight.numpy().astype(np.float32)
+    largest = np.abs(w).max(axis=tuple(range(1, w.ndim)), initial=0)
+    if not np.isfinite(largest).all():
+        raise ValueError(f"row {int(np.argmin(np.isfinite(largest)))} of weight is not finite")
+    return w, largest
+
+
+def narrowed(weight: Tensor, dtype: Any) -> Tensor:
+    """A weight rounded to float16 or bfloat16.
+
+    Raises:
+        ValueError: it is not finite, or too large for float16.
+    """
+    w, largest = finite(weight)
+    if dtype == np.float16 and largest.max(initial=0) > np.finfo(np.float16).max:
+        raise ValueError(
+            f"a weight of {largest.max():g} is too large for float16, which ends at 65504: "
+            "take bfloat16 or int8"
+        )
+    return Tensor(w.astype(dtype)).to(weight.device)
+
+
+def replaced(
+    model: nn.Module, kinds: Collection[type], narrow: Callable[[Any], nn.Module]
+) -> nn.Module:
+    """A copy of a model, in eval mode, with each layer of some types as `narrow` makes it.
+
+    Raises:
+        ValueError: there is none; or as `narrow`, with the layer's name.
+    """
+    made: dict[nn.Module, nn.Module] = {}  # a layer that occurs twice stays one layer
+
+    def new(name: str, layer: nn.Module) -> nn.Module:
+        if type(layer) not in kinds:
+            return layer
+        if layer not in made:
+            try:
+                made[layer] = narrow(layer)
+            except ValueError as error:
+                error.add_note(f"in layer {name or type(layer).__name__!r}")
+                raise
+        return made[layer]
+
+    model = new("", copy.deepcopy(model))
+    for path, module in list(model.named_modules()):
+        for name, child in list(vars(module).items()):
+            if isinstance(child, nn.Module):
+                setattr(module, name, new(f"{path}.{name}".lstrip("."), child))
+    if not made:
+        names = ", ".join(f"nn.{kind.__name__}" for kind in kinds)
+        raise ValueError(f"{type(model).__name__} has no {names} whose weights could be narrowed")
+    return model.eval()
+
+
 def weight_only(model: nn.Module, dtype: str = "int8") -> nn.Module:
     """A copy of a model, in eval mode, with every `nn.Linear` as a `WeightOnlyLinear`.
 
@@ -99,24 +154,4 @@ def weight_only(model: nn.Module, dtype: str = "int8") -> nn.Module:
         ValueError: the model has no linear layer; or as `WeightOnlyLinear.from_float`, with the
             layer's name.
     """
-    made: dict[int, WeightOnlyLinear] = {}  # a layer that occurs twice stays one layer
-
-    def narrow(name: str, linear: nn.Linear) -> WeightOnlyLinear:
-        if id(linear) not in made:
-            try:
-                made[id(linear)] = WeightOnlyLinear.from_float(linear, dtype)
-            except ValueError as error:
-                error.add_note(f"in layer {name or type(linear).__name__!r}")
-                raise
-        return made[id(linear)]
-
-    model = copy.deepcopy(model)
-    if type(model) is nn.Linear:
-        return narrow("", model).eval()
-    for path, module in list(model.named_modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, narrow(f"{path}.{name}".lstrip("."), child))
-    if not made:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear whose weights could be narrowed")
-    return model.eval()
+    return replaced(model, (nn.Linear,), lambda layer: WeightOnlyLinear.from_float(layer, dtype))
