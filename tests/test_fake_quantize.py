@@ -1,6 +1,6 @@
 """Fake quantization: its value is that of the integers, its gradients are those of the papers.
 
-Finite differences know nothing of a straight-through estimator, so these are the formulas, in loops.
+Finite differences know nothing of a straight-through estimator: the formulas, in loops.
 """
 
 from __future__ import annotations

@@ -3,6 +3,16 @@
 from minidl.quantization.fuse import ConvReLU2d, fuse
 from minidl.quantization.half import half
 from minidl.quantization.observers import OBSERVERS
+from minidl.quantization.qat import convert, prepare_qat
 from minidl.quantization.weight_only import WeightOnlyLinear, weight_only
 
-__all__ = ["OBSERVERS", "ConvReLU2d", "WeightOnlyLinear", "fuse", "half", "weight_only"]
+__all__ = [
+    "OBSERVERS",
+    "ConvReLU2d",
+    "WeightOnlyLinear",
+    "convert",
+    "fuse",
+    "half",
+    "prepare_qat",
+    "weight_only",
+]
