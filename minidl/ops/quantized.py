@@ -27,6 +27,7 @@ from minidl.backend.native import native, why_missing
 from minidl.op import Sample, op, sample
 from minidl.ops.conv import Pair, conv2d
 from minidl.ops.linalg import matmul
+from minidl.ops.pool import adaptive_windows
 
 INT32_MAX = 2**31 - 1
 
@@ -110,10 +111,7 @@ def finish(total: Any, scale: Any, bias: Any, zero_point: Any, relu: bool, axis:
         if bias is not None and bias.dtype.kind != "i":
             y = y + along(bias, axis, total.ndim)
         return np.maximum(y, 0) if relu else y
-    limits, zero = np.iinfo(zero_point.dtype), int(zero_point)
-    return np.clip(np.rint(y) + zero, zero if relu else limits.min, limits.max).astype(
-        zero_point.dtype
-    )
+    return requantized(y, zero_point, relu)
 
 
 def expect_array(w: Any) -> None:
@@ -274,6 +272,59 @@ def _(
     return native.conv_integer(x, w, int(int32(x_zero_point).reshape(())), **geometry, **how)
 
 
+# Between the products ---------------------------------------------------------------------
+
+
+def requantized(y: Any, zero_point: Any, relu: bool) -> Any:
+    """round(y) + zero_point, half to even, saturated; with relu at least what stands for 0."""
+    limits, zero = np.iinfo(zero_point.dtype), int(zero_point)
+    return np.clip(np.rint(y) + zero, zero if relu else limits.min, limits.max).astype(
+        zero_point.dtype
+    )
+
+
+@op(constant=True)
+def add_integer(a, b, a_scale, b_scale, a_zero_point, b_zero_point, zero_point, *, relu=False):
+    """(a - a_zero) a_scale + (b - b_zero) b_scale, rounded, plus zero_point: a residual addition.
+
+    Args:
+        a, b: int8 or uint8, of one shape.
+        a_scale, b_scale: float32, each over the scale of the result.
+        zero_point: of the result, int8 or uint8: its dtype.
+        relu: negative results become 0.
+
+    Raises:
+        TypeError: not int8 or uint8.
+        ValueError: other shapes.
+    """
+    expect_bytes("a", a)
+    expect_bytes("b", b)
+    if a.shape != b.shape:
+        raise ValueError(f"add_integer needs one shape, got {a.shape} and {b.shape}")
+    x = (a.astype(np.float32) - int(a_zero_point)) * a_scale
+    y = (b.astype(np.float32) - int(b_zero_point)) * b_scale
+    return requantized(x + y, zero_point, relu)
+
+
+@op(constant=True)
+def adaptive_avg_pool2d_integer(x, scale, x_zero_point, zero_point, *, output_size):
+    """`adaptive_avg_pool2d` of (x - x_zero), times scale, rounded, plus zero_point.
+
+    Args:
+        x: (N, C, H, W), int8 or uint8. Sums are exact.
+        scale: float32, over the scale of the result.
+        zero_point: of the result, int8 or uint8: its dtype.
+    """
+    expect_bytes("x", x)
+    out = np.empty((*x.shape[:2], *output_size), zero_point.dtype)
+    for at, window in adaptive_windows(x.shape[2:], output_size):
+        pixels = x[window]
+        count = math.prod(pixels.shape[2:])
+        total = pixels.sum(axis=(2, 3), dtype=np.int32) - count * int(x_zero_point)
+        out[at] = requantized(total * (scale / np.float32(count)), zero_point, False)
+    return out
+
+
 # Narrow weights ---------------------------------------------------------------------------
 
 
@@ -395,6 +446,22 @@ def _(rng: np.random.Generator) -> Iterator[Sample]:
         zero = [None, x[0, 0, 0, :1].reshape(()), x[0, 0, 0, 1:2]][i % 3]
         w_zero = [None, w[:, 0, 0, 0], w[0, 0, 0, 0:1], w[:, 0, 0, 0]][i % 4]
         yield sample(x, w, zero, w_zero, *ending, relu=relu, **how)
+
+
+@add_integer.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    for dtype, zeros in ((np.uint8, (0, 3, 10)), (np.int8, (-5, 7, -128))):
+        a, b = some_bytes(rng, dtype, 2, 3, 4), some_bytes(rng, dtype, 2, 3, 4)
+        zero = [np.array(z, dtype) for z in zeros]
+        yield sample(a, b, np.array(0.7), np.array(0.4), *zero, relu=dtype is np.int8)
+
+
+@adaptive_avg_pool2d_integer.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    x = some_bytes(rng, np.uint8, 2, 3, 5, 4)
+    for size in ((1, 1), (2, 3)):
+        zero = np.array(4, np.uint8), np.array(9, np.uint8)
+        yield sample(x, np.array(0.8), *zero, output_size=size)
 
 
 @linear_weight_only.samples

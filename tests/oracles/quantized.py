@@ -84,6 +84,25 @@ def _(x, w, x_zero_point, w_zero_point, scale, bias, zero_point, relu, **geometr
     return y
 
 
+@loops("add_integer")
+def _(a, b, a_scale, b_scale, a_zero_point, b_zero_point, zero_point, relu):
+    y = np.zeros(a.shape, zero_point.dtype)
+    for i in np.ndindex(a.shape):
+        x = (int(a[i]) - int(a_zero_point)) * a_scale + (int(b[i]) - int(b_zero_point)) * b_scale
+        x = max(x, 0) if relu else x
+        y[i] = saturated(half_to_even(x) + int(zero_point), y.dtype)
+    return y
+
+
+@loops("adaptive_avg_pool2d_integer")
+def _(x, scale, x_zero_point, zero_point, output_size):
+    mean = LOOPS["adaptive_avg_pool2d"](x.astype(float) - int(x_zero_point), output_size=output_size)
+    y = np.zeros(mean.shape, zero_point.dtype)
+    for i in np.ndindex(y.shape):
+        y[i] = saturated(half_to_even(mean[i] * scale) + int(zero_point), y.dtype)
+    return y
+
+
 @loops("linear_weight_only")
 def _(x, w, scale, b):
     y = np.zeros((*x.shape[:-1], w.shape[0]))
@@ -155,6 +174,28 @@ def _(x, w, x_zero_point, w_zero_point, scale, bias, zero_point, relu, **geometr
     w_zero = 0 if w_zero_point is None else expand(w_zero_point.double(), w, 0)
     total = torch.nn.functional.conv2d(x.double() - x_zero, w.double() - w_zero, **geometry)
     return finish_torch(total.round().long(), scale, bias, zero_point, relu, 1)
+
+
+def bytes_of(y, zero_point):
+    import torch
+
+    limits = torch.iinfo(zero_point.dtype)
+    y = torch.round(y) + zero_point.int()
+    return y.clamp(limits.min, limits.max).to(zero_point.dtype)
+
+
+@pytorch("add_integer")
+def _(a, b, a_scale, b_scale, a_zero_point, b_zero_point, zero_point, relu):
+    y = (a.int() - a_zero_point.int()) * a_scale + (b.int() - b_zero_point.int()) * b_scale
+    return bytes_of(y.clamp(min=0) if relu else y, zero_point)
+
+
+@pytorch("adaptive_avg_pool2d_integer")
+def _(x, scale, x_zero_point, zero_point, output_size):
+    import torch
+
+    mean = torch.nn.functional.adaptive_avg_pool2d(x.double() - x_zero_point.int(), output_size)
+    return bytes_of(mean * scale, zero_point)
 
 
 @pytorch("linear_weight_only")
