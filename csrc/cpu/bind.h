@@ -86,6 +86,19 @@ auto with_type(const char* op, const char* a_name, const py::array& a, const cha
   return py::isinstance<py::array_t<float>>(a) ? f(float{}) : f(double{});
 }
 
+// Calls f(B{}, the kernels of B) for the type of an array of bytes.
+template <class F>
+auto with_bytes(const char* op, const char* name, const py::dtype& dtype, F f) {
+  if (dtype.equal(py::dtype::of<std::int8_t>())) {
+    return f(std::int8_t{}, kernels().narrow->signed_bytes);
+  }
+  if (dtype.equal(py::dtype::of<std::uint8_t>())) {
+    return f(std::uint8_t{}, kernels().narrow->unsigned_bytes);
+  }
+  throw py::type_error(std::string(op) + ": " + name + " must be int8 or uint8, got " +
+                       text(dtype));
+}
+
 template <class T>
 using Plain = py::array_t<T, py::array::c_style>;
 

@@ -282,6 +282,53 @@ py::array conv_integer(const py::array& x, const Packed& w, int x_zero, Pair str
   return y;
 }
 
+// ---- Between the products ---------------------------------------------------------------------
+
+// The lowest number of the type, if `zero` is one of it.
+template <class B>
+void expect_byte(const char* op, const char* name, int zero) {
+  const int least = std::numeric_limits<B>::min(), most = std::numeric_limits<B>::max();
+  if (zero < least || zero > most) {
+    bad_value(std::string(op) + ": " + name + " must lie between " + std::to_string(least) +
+              " and " + std::to_string(most) + ", got " + std::to_string(zero));
+  }
+}
+
+py::array quantize_linear(const py::array_t<float>& x, float scale, int zero,
+                          const std::string& dtype) {
+  const char* op = "quantize_linear";
+  return with_bytes(op, "dtype", py::dtype(dtype), [&](auto type, const auto& kernels) {
+    using B = decltype(type);
+    expect_byte<B>(op, "zero_point", zero);
+    const auto a = contiguous<float>(x);
+    py::array_t<B> q(std::vector<Index>(x.shape(), x.shape() + x.ndim()));
+    B* out = q.mutable_data();
+    py::gil_scoped_release release;
+    kernels.quantize(a.size(), a.data(), scale, zero, out);
+    return py::array(q);
+  });
+}
+
+py::array add_integer(const py::array& a, const py::array& b, float a_scale, float b_scale,
+                      int a_zero, int b_zero, int zero, bool relu) {
+  const char* op = "add_integer";
+  if (!a.dtype().equal(b.dtype()) || !a.attr("shape").equal(b.attr("shape"))) {
+    bad_value(std::string(op) + ": a and b must have one shape and type, got " + shape_of(a) + " " +
+              text(a.dtype()) + " and " + shape_of(b) + " " + text(b.dtype()));
+  }
+  return with_bytes(op, "a", a.dtype(), [&](auto type, const auto& kernels) {
+    using B = decltype(type);
+    for (const int z : {a_zero, b_zero, zero}) expect_byte<B>(op, "a zero point", z);
+    const auto left = contiguous<B>(a), right = contiguous<B>(b);
+    py::array_t<B> y(std::vector<Index>(a.shape(), a.shape() + a.ndim()));
+    B* out = y.mutable_data();
+    py::gil_scoped_release release;
+    kernels.add(left.size(), left.data(), right.data(),
+                {a_scale, b_scale, a_zero, b_zero, zero, relu}, out);
+    return py::array(y);
+  });
+}
+
 // ---- Weights of 32, 16 and 8 bits -------------------------------------------------------------
 
 // Calls f(E{}, the kernels of E) for the type that weights are stored in.
@@ -404,6 +451,13 @@ void bind_narrow(py::module_& m) {
         py::arg("stride") = Pair(1, 1), py::arg("padding") = Pair(0, 0),
         py::arg("dilation") = Pair(1, 1), bias, scale, offset, dtype, zero, relu,
         "Convolution of bytes; what becomes of the sums: as in matmul_integer.");
+  m.def("quantize_linear", &quantize_linear, py::arg("x").noconvert(), py::arg("scale"),
+        py::arg("zero_point"), py::arg("dtype"),
+        "round(x / scale) + zero_point as `dtype`, half to even, saturated; x is float32.");
+  m.def("add_integer", &add_integer, py::arg("a").noconvert(), py::arg("b").noconvert(),
+        py::arg("a_scale"), py::arg("b_scale"), py::arg("a_zero_point"), py::arg("b_zero_point"),
+        py::arg("zero_point"), relu,
+        "(a - a_zero) a_scale + (b - b_zero) b_scale, rounded, plus zero_point, of a's type.");
   m.def("pack_linear", &pack_linear, plain, "w (N, K), float32, float16, bfloat16 or int8.");
   m.def("linear", &linear, py::arg("x").noconvert(), w, scale, bias,
         "x (M, K) times the transpose of w (N, K), packed or not, times scale[n], plus bias[n], in "

@@ -67,6 +67,22 @@ py::object max_pool2d(const py::array& x, Pair kernel, Pair stride, Pair padding
   });
 }
 
+py::array max_pool2d_bytes(const py::array& x, Pair kernel, Pair stride, Pair padding,
+                           Pair dilation) {
+  const char* op = "max_pool2d_bytes";
+  const Pool2d p = max_pool_geometry(op, x, kernel, stride, padding, dilation);
+  return with_bytes(op, "x", x.dtype(), [&](auto zero, const auto& kernels) -> py::array {
+    using B = decltype(zero);
+    const auto a = contiguous<B>(x);
+    py::array_t<B> y({x.shape(0), x.shape(1), p.oh, p.ow});
+    if (y.size() == 0) return y;
+    B* out = y.mutable_data();
+    py::gil_scoped_release release;
+    kernels.max_pool(p, a.data(), out);
+    return y;
+  });
+}
+
 py::array max_pool2d_gradient(const py::array& g, const py::array& x, Pair kernel, Pair stride,
                               Pair padding, Pair dilation) {
   const char* op = "max_pool2d_gradient";
@@ -209,6 +225,9 @@ void bind_pool(py::module_& m) {
   m.def("max_pool2d", &max_pool2d, x, py::arg("kernel"), py::arg("stride"), padding, dilation,
         py::arg("return_index") = true,
         "x (N, C, H, W) -> (y, index): the maxima and their positions h * W + w; or only y.");
+  m.def("max_pool2d_bytes", &max_pool2d_bytes, py::arg("x").noconvert(), py::arg("kernel"),
+        py::arg("stride"), py::arg("padding") = Pair(0, 0), py::arg("dilation") = Pair(1, 1),
+        "max_pool2d of int8 or uint8.");
   m.def("max_pool2d_gradient", &max_pool2d_gradient, g, x, py::arg("kernel"), py::arg("stride"),
         padding, dilation, "The same as max_pool2d_input, where no index was kept.");
   m.def("max_pool2d_input", &max_pool2d_input, g, py::arg("index").noconvert(),

@@ -262,6 +262,20 @@ struct Finish {
   bool relu;                 // nothing less than (what stands for) zero
 };
 
+// y = round((a - a_zero) * a_scale + (b - b_zero) * b_scale) + zero
+struct AddBytes {
+  float a_scale, b_scale;
+  std::int32_t a_zero, b_zero, zero;
+  bool relu;  // nothing less than zero
+};
+
+template <class B>
+struct BytesFor {
+  void (*quantize)(Index n, const float* x, float scale, int zero, B* q);
+  void (*add)(Index n, const B* a, const B* b, const AddBytes&, B* y);
+  void (*max_pool)(const Pool2d&, const B* x, B* y);
+};
+
 template <class E>
 struct NarrowFor {
   // w (n, k) -> E[k * packed_width(n)]
@@ -290,6 +304,8 @@ struct Narrow {
   NarrowFor<Half> f16;
   NarrowFor<BFloat16> bf16;
   NarrowFor<std::int8_t> s8;
+  BytesFor<std::int8_t> signed_bytes;
+  BytesFor<std::uint8_t> unsigned_bytes;
 };
 
 struct Kernels {

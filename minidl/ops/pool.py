@@ -291,10 +291,12 @@ def adaptive_max_pool2d_index(x: Any, *, output_size: Pair) -> Any:
 # Kernels ----------------------------------------------------------------------------------
 
 
-@max_pool2d.kernel("native", dtypes=("float32", "float64"), missing=why_missing)
+@max_pool2d.kernel("native", dtypes=("float32", "float64", "int8", "uint8"), missing=why_missing)
 def _(x, *, kernel_size, ceil_mode=False, **how):
     if ceil_mode:  # C++ has none
         return max_pool2d.op.formula(x, kernel_size=kernel_size, ceil_mode=True, **how)
+    if x.dtype.kind != "f":
+        return native.max_pool2d_bytes(x, kernel_size, **how)
     return native.max_pool2d(x, kernel_size, **how, return_index=False)
 
 

@@ -325,6 +325,24 @@ def adaptive_avg_pool2d_integer(x, scale, x_zero_point, zero_point, *, output_si
     return out
 
 
+@quantize_linear.kernel("native", dtypes=("float32",), missing=why_missing)
+def _(x, scale, zero_point, *, axis=1):
+    """One scale for all; the formula has the others."""
+    if scale.size != 1 or zero_point.size != 1 or scale.dtype != x.dtype:
+        return quantize_linear.op.formula(x, scale, zero_point, axis=axis)
+    return native.quantize_linear(x, scale.item(), zero_point.item(), zero_point.dtype.name)
+
+
+@add_integer.kernel("native", missing=why_missing)
+def _(a, b, a_scale, b_scale, a_zero_point, b_zero_point, zero_point, *, relu=False):
+    zeros = a_zero_point, b_zero_point, zero_point
+    floats = a_scale.dtype == b_scale.dtype == np.float32
+    if not (floats and a.dtype == b.dtype == zero_point.dtype and a.dtype.itemsize == 1):
+        return add_integer.op.formula(a, b, a_scale, b_scale, *zeros, relu=relu)
+    scales = a_scale.item(), b_scale.item()
+    return native.add_integer(a, b, *scales, *(z.item() for z in zeros), relu=relu)
+
+
 # Narrow weights ---------------------------------------------------------------------------
 
 
@@ -453,7 +471,7 @@ def _(rng: np.random.Generator) -> Iterator[Sample]:
     for dtype, zeros in ((np.uint8, (0, 3, 10)), (np.int8, (-5, 7, -128))):
         a, b = some_bytes(rng, dtype, 2, 3, 4), some_bytes(rng, dtype, 2, 3, 4)
         zero = [np.array(z, dtype) for z in zeros]
-        yield sample(a, b, np.array(0.7), np.array(0.4), *zero, relu=dtype is np.int8)
+        yield sample(a, b, np.array(0.713), np.array(0.437), *zero, relu=dtype is np.int8)
 
 
 @adaptive_avg_pool2d_integer.samples

@@ -96,7 +96,9 @@ def _(a, b, a_scale, b_scale, a_zero_point, b_zero_point, zero_point, relu):
 
 @loops("adaptive_avg_pool2d_integer")
 def _(x, scale, x_zero_point, zero_point, output_size):
-    mean = LOOPS["adaptive_avg_pool2d"](x.astype(float) - int(x_zero_point), output_size=output_size)
+    mean = LOOPS["adaptive_avg_pool2d"](
+        x.astype(float) - int(x_zero_point), output_size=output_size
+    )
     y = np.zeros(mean.shape, zero_point.dtype)
     for i in np.ndindex(y.shape):
         y[i] = saturated(half_to_even(mean[i] * scale) + int(zero_point), y.dtype)
