@@ -1,0 +1,102 @@
+"""Many processes that train one network.
+
+    from minidl import distributed as dist
+
+    dist.init()                          # alone, or one rank of many: mpirun -n 4 python script.py
+    model = dist.DataParallel(model)     # the same on all ranks; gradients are summed
+    ...
+
+A script runs unchanged alone, under mpirun, and as threads (`dist.simulate`). From top to bottom:
+`communicator.py` (what ranks say to one another), `simulation.py` and `mpi.py` (over which engine).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from minidl.distributed.communicator import CommunicationError, Communicator, Work
+from minidl.distributed.simulation import (
+    Message,
+    SimulatedCommunicator,
+    Simulation,
+    here,
+    simulate,
+)
+
+__all__ = [
+    "CommunicationError",
+    "Communicator",
+    "Message",
+    "Work",
+    "communicator",
+    "init",
+    "rank",
+    "simulate",
+    "world_size",
+]
+
+# How many ranks there are: Open MPI; MPICH and Intel MPI; MVAPICH; Slurm's srun.
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+_world: Communicator | None = None
+
+
+def init(check: bool | None = None, timeout: float = 1800, patience: float = 2.0) -> Communicator:
+    """Join the other ranks: those that mpirun started, or none. Once is enough, more do no harm.
+
+    Under mpirun, an exception that nobody catches ends all ranks from here on.
+
+    Args:
+        check: compare the calls of all ranks, and find ranks that wait for one another. False (or
+            ``MINIDL_DIST_CHECK=0``) saves two small messages a call.
+        timeout: seconds that a call may wait for other ranks.
+        patience: seconds of waiting after which a rank asks where the others are.
+
+    Returns:
+        The communicator of all ranks.
+
+    Raises:
+        RuntimeError: mpirun started several ranks, but mpi4py is not installed.
+    """
+    global _world
+    if (simulated := getattr(here, "communicator", None)) is not None:
+        return simulated
+    if _world is None:
+        launched = any(os.environ.get(name, "1") not in ("", "1") for name in SIZES)
+        if not launched:
+            _world = SimulatedCommunicator(Simulation(1), [0], 0, ())
+        elif importlib.util.find_spec("mpi4py") is None:
+            raise RuntimeError(
+                "several ranks were started, but mpi4py is missing, by which they would find one "
+                "another: pip install 'minidl[mpi]' (or mpi4py for the MPI that you have)"
+            )
+        else:
+            from minidl.distributed.mpi import world
+
+            if check is None:
+                check = os.environ.get("MINIDL_DIST_CHECK", "1") != "0"
+            _world = world(check, timeout, patience)
+    return _world
+
+
+def communicator() -> Communicator:
+    """The communicator of all ranks.
+
+    Raises:
+        RuntimeError: `init` was not called.
+    """
+    found = getattr(here, "communicator", None) or _world
+    if found is None:
+        raise RuntimeError("minidl.distributed.init() comes first: it finds the other ranks")
+    return found
+
+
+def rank() -> int:
+    """Which rank this is, from 0."""
+    return communicator().rank
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return communicator().world_size

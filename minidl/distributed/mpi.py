@@ -1,0 +1,393 @@
+"""Ranks as processes that `mpirun` has started, over MPI (mpi4py).
+
+Three things are added to MPI:
+
+- *Progress.* MPI's own `Iallreduce` hardly moves until somebody asks for it. So asynchronous calls
+  are handed to one polite thread, which runs them one after the other and sleeps between two looks.
+- *Agreement.* Before a collective call each rank tells its right neighbour what it is about to do.
+  If every rank agrees with its left neighbour, all agree. A message has its description sent ahead.
+- *Watching.* A rank that waits long says so to all, and hears who else waits. A circle of ranks
+  that wait for one another, or for one that has ended, is an error with every rank's place in it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from minidl.distributed.communicator import (
+    REDUCTIONS,
+    Call,
+    CommunicationError,
+    Communicator,
+    Work,
+    disagreement,
+)
+
+AGREE, NOTE, HEADER = 1, 2, 16  # tags of control messages; a message's header adds its own tag
+NATIVE = "bBhHiIlLqQfd"  # dtypes that MPI adds up; the sum of others is made by each rank
+POLITE = 2e-4  # seconds that the thread sleeps between two looks
+
+Until = Callable[[Callable[[], bool], "Status"], None]
+
+
+class Status(NamedTuple):
+    """What a rank that waits tells the others."""
+
+    number: int  # counts this rank's waits
+    kind: str  # "collective", "recv", "send", "transfer"; "goes on", "ended"
+    of: int  # of recv and send: the other rank; of a collective call: its number
+    posted: int  # collective calls that it has made, be they over or not
+    call: str
+
+
+def stuck(me: int, states: dict[int, Status], world_size: int) -> list[int]:
+    """The ranks through which `me` waits for one that never comes, or [] while there is hope.
+
+    Each waits for *all* it waits for, so one way into a circle, or to a rank that has ended, is
+    enough.
+    """
+
+    def waits_for(rank: int) -> list[int]:
+        state = states.get(rank)
+        if state is None:  # it computes
+            return []
+        if state.kind == "collective":
+            others = [r for r in range(world_size) if r in states and r != rank]
+            return [r for r in others if states[r].posted < state.of]
+        return [state.of] if state.kind in ("recv", "send") else []
+
+    def search(path: list[int]) -> list[int]:
+        for other in waits_for(path[-1]):
+            if other in path or (other in states and states[other].kind == "ended"):
+                return path if other in path else [*path, other]
+            if found := search([*path, other]):
+                return found
+        return []
+
+    return search([me])
+
+
+class MPICommunicator(Communicator):
+    """
+    Args:
+        comm: mpi4py's communicator; its duplicates are used, so what you do with it is apart.
+        check: exchange descriptions of calls, and watch.
+        timeout: seconds that a call may wait, whatever the reason.
+        patience: seconds of waiting after which a rank tells the others.
+    """
+
+    def __init__(
+        self, comm: MPI.Comm, check: bool = True, timeout: float = 1800, patience: float = 2.0
+    ) -> None:
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise RuntimeError(
+                "this MPI was started without MPI_THREAD_MULTIPLE, which the thread that sends "
+                "gradients needs: leave mpi4py.rc.thread_level at its default"
+            )
+        self.data, self.control = comm.Dup(), comm.Dup()
+        self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
+        self.check, self.timeout, self.patience = check, timeout, patience
+        self.failure: BaseException | None = None  # of the thread
+        self.works: queue.SimpleQueue[MPIWork | None] = queue.SimpleQueue()
+        self.last: MPIWork | None = None  # of the works given to the thread
+        self.thread: threading.Thread | None = None
+        self.states: dict[int, Status] = {}  # of the ranks that wait, as far as they have said so
+        self.waits = 0
+        self.notes: list[Any] = []  # requests of notes on their way
+        self.headers: dict[tuple[int, int], list[Call]] = {}  # (source, tag): those that came
+        self.receivers: dict[tuple[int, int], int] = {}
+        opened.add(self)
+
+    # Calls ----------------------------------------------------------------------------------------
+
+    def _start(
+        self, call: Call, array: Any, peer: int, tag: int, result: Any, async_op: bool
+    ) -> Work:
+        if self.failure is not None:
+            raise self.failure
+        work = MPIWork(self, call, array, peer, tag, result)
+        if call.name == "send":
+            work.post_send()
+        elif call.name == "recv":
+            work.post_recv()
+        elif async_op or (self.last is not None and not self.last.over.is_set()):
+            self.last = work  # to the thread, behind those that it has
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._progress, name="MPI", daemon=True)
+                self.thread.start()
+            self.works.put(work)
+        else:
+            work.run(self.until)
+            work.over.set()
+        return work
+
+    def _progress(self) -> None:
+        """The polite thread: one collective call at a time, in order."""
+
+        def until(ready: Callable[[], bool], status: Status) -> None:
+            started = time.monotonic()
+            while not ready():
+                time.sleep(POLITE)
+                if time.monotonic() - started > self.timeout:
+                    raise self.late(status)
+
+        while (work := self.works.get()) is not None:
+            try:
+                if self.failure is None:
+                    work.run(until)
+            except BaseException as error:
+                self.failure = error
+            work.over.set()
+
+    def split(self, color: int, key: int | None = None) -> Communicator:
+        self.barrier()  # behind all works of the thread; and all ranks are here
+        comm = self.data.Split(color, self.rank if key is None else key)
+        return MPICommunicator(comm, self.check, self.timeout, self.patience)
+
+    def abort(self, code: int = 1) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.data.Abort(code)
+
+    # Waiting ------------------------------------------------------------------------------------
+
+    def status(self, kind: str, call: Call, peer: int = -1) -> Status:
+        of = call.number if kind == "collective" else peer
+        return Status(self.waits, kind, of, self.calls, str(call))
+
+    def until(self, ready: Callable[[], bool], status: Status) -> None:
+        """Wait for ready(), in the program's own thread, with an eye on the others."""
+        self.waits += 1
+        started = time.perf_counter()
+        look, told, suspects = started + self.patience, False, None
+        try:
+            while not ready():
+                if self.failure is not None:
+                    raise self.failure
+                now = time.perf_counter()
+                time.sleep(0 if now - started < 1e-3 else 1e-4)
+                if now - started > self.timeout:
+                    raise self.late(status)
+                if not self.check or now < look or self.world_size == 1:
+                    continue
+                look = now + self.patience / 4
+                if not told:
+                    self.tell(status._replace(number=self.waits))
+                    told = True
+                self.hear()
+                path = stuck(self.rank, self.states, self.world_size)
+                seen = [(rank, self.states.get(rank)) for rank in path]
+                if path and seen == suspects:  # and so it was at the last look
+                    raise CommunicationError("no rank can go on: " + self.story(path))
+                suspects = seen
+        finally:
+            if told:
+                self.tell(Status(self.waits, "goes on", -1, self.calls, ""))
+
+    def tell(self, status: Status) -> None:
+        self.notes = [request for request in self.notes if not request.Test()]
+        for other in range(self.world_size):
+            if other != self.rank:
+                self.notes.append(self.control.isend((self.rank, status), other, NOTE))
+        self.states[self.rank] = status
+
+    def hear(self) -> None:
+        while (message := self.control.improbe(MPI.ANY_SOURCE, NOTE)) is not None:
+            rank, status = message.recv()
+            self.states[rank] = status
+        self.states = {r: s for r, s in self.states.items() if s.kind != "goes on"}
+
+    def story(self, ranks: list[int]) -> str:
+        """Where some ranks are."""
+        parts = []
+        for rank in ranks:
+            state = self.states.get(rank)
+            if state is None:
+                parts.append(f"rank {rank} computes, or is stopped")
+            elif state.kind == "ended":
+                parts.append(f"rank {rank} has ended after {state.posted} collective calls")
+            else:
+                parts.append(f"rank {rank} waits in {state.call}")
+        return "; ".join(parts)
+
+    def late(self, status: Status) -> CommunicationError:
+        self.hear()
+        return CommunicationError(
+            f"rank {self.rank} has waited {self.timeout:g} s in {status.call}. As far as it "
+            "knows: " + self.story([r for r in range(self.world_size) if r != self.rank])
+        )
+
+    def close(self) -> None:
+        """Finish what the thread has, and tell the others that no more will come."""
+        if self.thread is not None:
+            self.works.put(None)
+            self.thread.join(self.patience)
+        if self.check:
+            self.tell(Status(self.waits + 1, "ended", -1, self.calls, ""))
+            limit = time.perf_counter() + self.patience
+            while self.notes and time.perf_counter() < limit:
+                self.notes = [request for request in self.notes if not request.Test()]
+
+
+class MPIWork(Work):
+    def __init__(
+        self, communicator: MPICommunicator, call: Call,
+        array: Any, peer: int, tag: int, result: Any,
+    ) -> None:  # fmt: skip
+        self.communicator, self.call, self.array = communicator, call, array
+        self.peer, self.tag, self.result = peer, tag, result
+        self.over = threading.Event()
+        self.requests: list[Any] = []
+
+    def is_completed(self) -> bool:
+        if self.requests:
+            return all(request.Test() for request in self.requests)
+        return self.over.is_set()
+
+    def wait(self) -> Any:
+        c = self.communicator
+        if not self.over.is_set():
+            if self.call.name == "recv":
+                self.check_header()
+                c.until(self.is_completed, c.status("transfer", self.call))
+            elif self.call.name == "send":
+                c.until(self.is_completed, c.status("send", self.call, self.peer))
+            else:
+                c.until(self.over.is_set, c.status("collective", self.call))
+            self.over.set()
+        if c.failure is not None:
+            raise c.failure
+        return self.result
+
+    # From one rank to another -----------------------------------------------------------------
+
+    def post_send(self) -> None:
+        c = self.communicator
+        if c.check:
+            self.requests.append(c.control.isend(self.call, self.peer, HEADER + self.tag))
+        self.requests.append(c.data.Isend(as_bytes(self.array), self.peer, self.tag))
+
+    def post_recv(self) -> None:
+        c = self.communicator
+        key = (self.peer, self.tag)
+        self.receiver = c.receivers[key] = c.receivers.get(key, 0) + 1
+        self.requests = [c.data.Irecv(as_bytes(self.array), self.peer, self.tag)]
+
+    def check_header(self) -> None:
+        """Wait for the description of the message, which comes first, and compare."""
+        c = self.communicator
+        if not c.check:
+            return
+        headers = c.headers.setdefault((self.peer, self.tag), [])
+
+        def came() -> bool:
+            message = c.control.improbe(self.peer, HEADER + self.tag)
+            if message is not None:
+                headers.append(message.recv())
+            return len(headers) >= self.receiver
+
+        if len(headers) < self.receiver:
+            c.until(came, c.status("recv", self.call, self.peer))
+        theirs = headers[self.receiver - 1]
+        if (theirs.shape, theirs.dtype) != (self.call.shape, self.call.dtype):
+            raise disagreement(c.rank, self.call, self.peer, theirs)
+
+    # Collective calls ---------------------------------------------------------------------------
+
+    def run(self, until: Until) -> None:
+        c = self.communicator
+        status = c.status("collective", self.call)
+        if c.check and c.world_size > 1:
+            self.agree(until, status)
+        request, finish = self.begin()
+        until(request.Test, status)
+        self.result = finish()
+
+    def agree(self, until: Until, status: Status) -> None:
+        c = self.communicator
+        left, right = (c.rank - 1) % c.world_size, (c.rank + 1) % c.world_size
+        sent = c.control.isend(self.call, right, AGREE)
+        came: list[Call] = []
+
+        def heard() -> bool:
+            message = c.control.improbe(left, AGREE)
+            if message is not None:
+                came.append(message.recv())
+            return bool(came)
+
+        until(heard, status)
+        if not self.call.agrees(came[0]):
+            raise disagreement(c.rank, self.call, left, came[0])
+        until(sent.Test, status)
+
+    def begin(self) -> tuple[Any, Callable[[], Any]]:
+        """Start MPI's own call: its request, and what makes our result afterwards."""
+        comm, x, n = self.communicator.data, self.array, self.communicator.world_size
+        name, argument = self.call.name, self.call.argument
+        if name == "barrier":
+            return comm.Ibarrier(), lambda: None
+        if name == "broadcast":
+            return comm.Ibcast(as_bytes(x), self.peer), lambda: self.result
+        if name != "all_gather" and argument == "sum" and x.dtype.char in NATIVE:
+            if name == "allreduce":
+                return comm.Iallreduce(MPI.IN_PLACE, x), lambda: self.result
+            part = np.empty((len(x) // n, *x.shape[1:]), x.dtype)
+            return comm.Ireduce_scatter_block(x, part), lambda: part
+
+        everything = np.empty((n, *x.shape), x.dtype)
+        request = comm.Iallgather(as_bytes(x), as_bytes(everything))
+        if name == "all_gather":
+            return request, lambda: everything
+
+        def reduce() -> Any:  # MPI cannot: it has no float16, and its maximum may lose a NaN
+            total = REDUCTIONS[argument](list(everything))
+            if name == "reduce_scatter":
+                return np.split(total, n)[self.communicator.rank].copy()
+            x[...] = total
+            return self.result
+
+        return request, reduce
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
+
+
+# The program's end ----------------------------------------------------------------------------
+
+opened: weakref.WeakSet[MPICommunicator] = weakref.WeakSet()
+
+
+def world(check: bool, timeout: float, patience: float) -> MPICommunicator:
+    """All ranks that mpirun started. From here on, an uncaught exception on one ends all."""
+    communicator = MPICommunicator(MPI.COMM_WORLD, check, timeout, patience)
+    before = sys.excepthook
+
+    def end_all(kind: Any, error: Any, traceback: Any) -> None:
+        sys.stdout.flush()
+        print(f"rank {communicator.rank} of {communicator.world_size}:", file=sys.stderr)
+        before(kind, error, traceback)
+        communicator.abort(1)
+
+    def end_all_of_thread(args: threading.ExceptHookArgs) -> None:
+        end_all(args.exc_type, args.exc_value, args.exc_traceback)
+
+    sys.excepthook = end_all
+    threading.excepthook = end_all_of_thread
+    atexit.register(close_all)
+    return communicator
+
+
+def close_all() -> None:
+    for communicator in list(opened):
+        communicator.close()
