@@ -381,6 +381,9 @@ def caption_train(
     cell: Annotated[str, typer.Option(help="lstm, gru or rnn.")] = "lstm",
     hidden: Annotated[int, typer.Option(min=1, help="Units of the recurrent network.")] = 256,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="Before each word.")] = 0.3,
+    word_dropout: Annotated[
+        float, typer.Option(min=0, max=1, help="Words that go in as <unk>: look, do not guess.")
+    ] = 0.5,
     tokens: Annotated[str, typer.Option(help="word, character or bpe.")] = "word",
     min_count: Annotated[int, typer.Option(min=1, help="Leave rarer words out.")] = 1,
     image_size: Annotated[int, typer.Option(min=16, help="Height and width.")] = 64,
@@ -429,7 +432,7 @@ def caption_train(
     config = {
         "data": data, "encoder": encoder, "encoder_weights": str(weights) if weights else None,
         "freeze": freeze, "decoder": decoder, "cell": cell, "hidden": hidden, "dropout": dropout,
-        "image_size": image_size, "batch_size": batch_size, "seed": seed, "epochs": epochs,
+        "word_dropout": word_dropout, "image_size": image_size, "batch_size": batch_size, "seed": seed, "epochs": epochs,
         "vocabulary": captions.describe(vocabulary),
     }  # fmt: skip
     minidl.manual_seed(seed)

@@ -169,6 +169,22 @@ def test_words_said_by_the_model_are_drawn_from_its_distribution():
     assert np.abs(found - p).max() < 4 * np.sqrt(0.25 / n)
 
 
+@pytest.mark.parametrize("kind", [ShowAndTell, ShowAttend])
+def test_word_dropout(kind):
+    """All words but BOS are lost: in training only, and then the words do not matter."""
+    model = captioner(lambda **k: kind(WORDS, D, 8, 6, word_dropout=1.0, **k))
+    model.decoder.drop.p = 0.0
+    a = annotations(2)
+    one, _ = batch_of(a, ["red star star", "red star star"])
+    two, _ = batch_of(a, ["blue dogs red", "blue dogs red"])
+    model.train()
+    assert np.array_equal(model(one).numpy(), model(two).numpy())
+    model.eval()
+    assert not np.array_equal(model(one).numpy(), model(two).numpy())
+    with pytest.raises(ValueError, match="word_dropout is a probability"):
+        kind(WORDS, D, word_dropout=1.5)
+
+
 def test_attention_is_kept_and_looks_where_it_pays():
     """One place says which word comes; attention must find it, wherever it is."""
     rng = np.random.default_rng(0)

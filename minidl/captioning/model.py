@@ -135,8 +135,11 @@ class Decoder(nn.Module):
         cell: str,
         layers: int,
         dropout: float,
+        word_dropout: float,
     ) -> None:
         super().__init__()
+        if not 0 <= word_dropout <= 1:
+            raise ValueError(f"word_dropout is a probability, got {word_dropout}")
         if cell not in CELLS:
             raise ValueError(f"cell {cell!r}: expected one of {', '.join(CELLS)}")
         self.vocabulary, self.features = vocabulary, features
@@ -145,6 +148,7 @@ class Decoder(nn.Module):
         self.rnn = CELLS[cell](inputs, hidden, layers, dropout=dropout if layers > 1 else 0.0)
         self.per_layer = self.rnn.states
         self.drop = nn.Dropout(dropout)
+        self.word_dropout = word_dropout
         self.teacher_forcing = 1.0
         """While training: how often the true word goes in; else one that the model said itself
         (scheduled sampling; Bengio et al. 2015, who lower it from 1 as training goes on)."""
@@ -196,6 +200,10 @@ class Decoder(nn.Module):
         Raises:
             ValueError: shapes do not fit; lengths not in order.
         """
+        if self.training and self.word_dropout > 0:
+            lost = random.generator().random(words.shape) < self.word_dropout
+            lost &= words.cpu().numpy() != BOS
+            words = Tensor(to_device(np.where(lost, UNK, words.cpu().numpy()), words.device))
         return self.output(self.drop(self.readout(minidl.cat(self.run(a, words, lengths)))))
 
     def run(self, a: Tensor, words: Tensor, lengths: Tensor) -> list[Tensor]:
@@ -263,6 +271,9 @@ class ShowAndTell(Decoder):
         cell: "lstm", "gru" or "rnn".
         layers: of the recurrent network.
         dropout: of what goes into the last layer (and between recurrent layers).
+        word_dropout: while training, so many of the words that go in are <unk> (Bowman et al. 2016,
+            section 3.1): what comes next has to be seen, and cannot be guessed from the words
+            before ("red" was never followed by "triangle").
     """
 
     def __init__(
@@ -274,8 +285,10 @@ class ShowAndTell(Decoder):
         cell: str = "lstm",
         layers: int = 1,
         dropout: float = 0.3,
+        word_dropout: float = 0.0,
     ) -> None:
-        super().__init__(vocabulary, features, embedding, hidden, embedding, cell, layers, dropout)
+        sizes = embedding, hidden, embedding, cell, layers
+        super().__init__(vocabulary, features, *sizes, dropout, word_dropout)
         self.image = nn.Linear(features, embedding)
         self.output = nn.Linear(hidden, len(vocabulary))
 
@@ -310,7 +323,8 @@ class ShowAttend(Decoder):
     output layers have one, Pascanu et al. 2014.)
 
     Args:
-        vocabulary, features, hidden, embedding, cell, layers, dropout: as for `ShowAndTell`.
+        vocabulary, features, hidden, embedding, cell, layers, dropout, word_dropout: as for
+            `ShowAndTell`.
         attention: the length of what the tanh is taken of.
 
     Attributes:
@@ -327,10 +341,10 @@ class ShowAttend(Decoder):
         layers: int = 1,
         dropout: float = 0.3,
         attention: int = 128,
+        word_dropout: float = 0.0,
     ) -> None:
-        super().__init__(
-            vocabulary, features, embedding + features, hidden, embedding, cell, layers, dropout
-        )
+        sizes = embedding + features, hidden, embedding, cell, layers
+        super().__init__(vocabulary, features, *sizes, dropout, word_dropout)
         self.first = nn.Linear(features, self.per_layer * layers * hidden)
         self.U = nn.Linear(features, attention)
         self.W = nn.Linear(hidden, attention, bias=False)

@@ -121,8 +121,9 @@ def build(config: dict[str, Any], vocabulary: Vocabulary) -> Captioner:
     with minidl.no_grad(), deployed(encoder):
         features = encoder(minidl.zeros(1, 3, size, size)).shape[2]
     decoder = DECODERS[config["decoder"]](
-        vocabulary, features, config["hidden"], cell=config["cell"], dropout=config["dropout"]
-    )
+        vocabulary, features, config["hidden"], cell=config["cell"], dropout=config["dropout"],
+        word_dropout=config.get("word_dropout", 0.0),
+    )  # fmt: skip
     return Captioner(encoder, decoder)
 
 
