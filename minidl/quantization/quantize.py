@@ -1,0 +1,68 @@
+"""`quantize`: a trained network in 8 bits, by one of three schemes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from minidl import nn
+from minidl.quantization.observers import OBSERVERS
+from minidl.quantization.static import Lowering, Quantized, calibrate, fold
+from minidl.quantization.weight_only import weight_only
+from minidl.trace import trace
+
+SCHEMES = ("static", "weight_only")
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Iterable[Any] = (),
+    dtype: str = "int8",
+    per_channel: bool = True,
+    scheme: str = "static",
+    *,
+    observer: str = "minmax",
+    skip: Sequence[str] = (),
+    weight_bits: int = 8,
+) -> nn.Module:
+    """A copy of a trained model that computes with 8-bit numbers; the model stays as it is.
+
+    Args:
+        model: it is run in eval mode.
+        calibration: batches of inputs as the model takes them (a tuple of them, if it takes
+            several), for the static scheme: from them it learns which range every value has. Some
+            hundred images that are like those to come.
+        dtype: "int8"; for weights only also "float16" or "bfloat16".
+        per_channel: a scale for each output channel of a weight, else one for all.
+        scheme: "static": all in integers, ranges known beforehand (`static.py`). "weight_only":
+            only the linear layers' weights are narrow (`weight_only.py`), nothing is calibrated.
+        observer: how ranges are chosen, of `observers.OBSERVERS`.
+        skip: names of layers that stay in float.
+        weight_bits: 2 to 8: fewer levels for weights (they are stored in 8 bits all the same).
+
+    Raises:
+        ValueError: an unknown scheme, dtype or observer; no calibration batches; a layer without a
+            form on integers (it is named); values or weights that are not finite.
+        RuntimeError: the model cannot be traced (see `minidl.trace`).
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme {scheme!r}: expected one of {', '.join(SCHEMES)}")
+    if scheme == "weight_only":
+        return weight_only(model, dtype)
+    if dtype != "int8":
+        raise ValueError(f"the static scheme makes int8, not {dtype!r}: see scheme='weight_only'")
+    if observer not in OBSERVERS:
+        raise ValueError(f"observer {observer!r}: expected one of {', '.join(OBSERVERS)}")
+    if not 2 <= weight_bits <= 8:
+        raise ValueError(f"weight_bits is from 2 to 8, got {weight_bits}")
+    batches = list(calibration)
+    if not batches:
+        raise ValueError("there are no batches to calibrate with: give at least one")
+    first = batches[0] if isinstance(batches[0], tuple | list) else (batches[0],)
+    graph = fold(trace(model, *first))
+    known = {name for name, _ in model.named_modules()}
+    if unknown := [name for name in skip if name not in known]:
+        raise ValueError(f"skip: {type(model).__name__} has no layer {unknown[0]!r}")
+    lowering = Lowering(graph, skip, per_channel, weight_bits)
+    lowering.ranges = calibrate(graph, lowering.wanted(), batches, observer)
+    return Quantized(lowering.lower())

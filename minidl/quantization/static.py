@@ -1,0 +1,384 @@
+"""Whole networks in int8, from layer to layer (Jacob et al. 2018).
+
+A number q of 8 bits stands for the real number  r = s (q - z).  A layer y = w x + b becomes
+
+    q_y = z_y + round( s_x s_w / s_y · ( Σ (q_x - z_x) q_w + b / (s_x s_w) ) )
+
+where the sum is one of small integers, exact in 32 bits, and b is such an integer too. So between
+the layers there are bytes only. It takes five steps, each a function below:
+
+    trace       the network as a list of ops                                   (minidl/trace.py)
+    fold        what only scales a layer's output (batch norm) goes into its weights
+    calibrate   which range does every value have? Some batches are looked at  (observers.py)
+    lower       each op becomes the one on integers
+    finish      the weights are packed, the list is a module
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import minidl
+from minidl import nn
+from minidl.ops.quantized import (
+    conv_integer,
+    matmul_integer,
+    pack_conv_integer,
+    pack_matmul_integer,
+)
+from minidl.quantization.observers import OBSERVERS
+from minidl.quantization.packed import Packed, takes_packed
+from minidl.tensor import Tensor
+from minidl.trace import Graph, Ref, Step, refs_in
+
+PRODUCTS = ("conv2d", "linear")  # what has weights
+ADDS = ("add",)
+MEANS = ("adaptive_avg_pool2d",)
+# What takes bytes as they are, and gives bytes of the same scale.
+SAME = (
+    "max_pool2d",
+    "reshape",
+    "permute",
+    "getitem",
+    "index_put",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+)
+
+
+# Fold -------------------------------------------------------------------------------------
+
+
+def fold(graph: Graph) -> Graph:
+    """Scales and shifts of a product's output go into its weights; computed in float64.
+
+    w' = w · scale,  b' = b · scale + shift  (Jacob et al. 2018, equation 14)
+    """
+    graph = graph.copy()
+    for step in list(graph.steps):
+        if step.op not in PRODUCTS or not constant_weights(graph, step):
+            continue
+        following = graph.users(step.output)
+        after = following[0] if len(following) == 1 else None
+        if after is None or after.op != "scale_shift" or after.inputs[0] != step.output:
+            continue
+        if not all(ref in graph.constants for ref in after.inputs[1:]):
+            continue
+        scale, shift = (graph.constants[ref].numpy().astype(np.float64) for ref in after.inputs[1:])
+        w = graph.constants[step.inputs[1]].numpy()
+        bias = step.inputs[2]
+        b = 0.0 if bias is None else graph.constants[bias].numpy().astype(np.float64)
+        folded = (w.astype(np.float64) * scale.reshape(-1, *[1] * (w.ndim - 1))).astype(w.dtype)
+        new_b = np.broadcast_to(b * scale + shift, len(w)).astype(w.dtype)
+        weight_ref, bias_ref = graph.constant(Tensor(folded)), graph.constant(Tensor(new_b))
+        at = graph.steps.index(step)
+        graph.steps[at] = replace(
+            step, inputs=(step.inputs[0], weight_ref, bias_ref), output=after.output
+        )
+        graph.steps.remove(after)
+    return graph
+
+
+def constant_weights(graph: Graph, step: Step) -> bool:
+    _, w, b = step.inputs
+    return w in graph.constants and (b is None or b in graph.constants)
+
+
+# Calibrate --------------------------------------------------------------------------------
+
+
+def calibrate(
+    graph: Graph, wanted: set[Ref], batches: Iterable[Any], observer: str
+) -> dict[Ref, tuple[np.ndarray, np.ndarray]]:
+    """(scale, zero point uint8) of each wanted value, by what it was on some batches.
+
+    Raises:
+        ValueError: no batches; a value that is not finite: says in which layer.
+    """
+    observers = {ref: OBSERVERS[observer](bits=8, unsigned=True) for ref in wanted}
+    layers: dict[Ref, str] = {step.output: f"{step.op} of {step.layer!r}" for step in graph.steps}
+
+    def look(ref: Ref, value: Tensor) -> None:
+        if ref in observers:
+            try:
+                observers[ref].observe(value.numpy())
+            except ValueError as error:
+                error.add_note(f"while calibrating {layers.get(ref, 'the input')}")
+                raise
+
+    count = 0
+    with minidl.no_grad():
+        for batch in batches:
+            inputs = batch if isinstance(batch, tuple | list) else (batch,)
+            for ref, x in zip(graph.inputs, inputs):
+                look(ref, x)
+            graph.run(inputs[: len(graph.inputs)], lambda step, _, y: look(step.output, y))
+            count += 1
+    if not count:
+        raise ValueError("there are no batches to calibrate with: give at least one")
+    return {ref: observers[ref].qparams() for ref in wanted}
+
+
+# Lower ------------------------------------------------------------------------------------
+
+
+class Lowering:
+    """Rewrites a folded graph, step by step; what it knows of each value.
+
+    Attributes:
+        bytes: values that are integers now: (the new value, scale, zero point).
+        floats: values that are (also) real numbers now.
+    """
+
+    def __init__(
+        self, graph: Graph, skip: Sequence[str], per_channel: bool, weight_bits: int
+    ) -> None:
+        self.graph, self.skip = graph, tuple(skip)
+        self.per_channel, self.weight_bits = per_channel, weight_bits
+        self.ranges: dict[Ref, tuple[np.ndarray, np.ndarray]] = {}
+        self.bytes: dict[Ref, tuple[Ref, np.ndarray, np.ndarray]] = {}
+        self.floats: dict[Ref, Ref] = {ref: ref for ref in graph.inputs}
+        self.next = graph.new_ref().number
+        self.new = Graph([], graph.inputs, None, {})
+
+    # Planning: which values are measured
+
+    def skipped(self, step: Step) -> bool:
+        return any(step.layer == name or step.layer.startswith(name + ".") for name in self.skip)
+
+    def relu_after(self, step: Step) -> Step | None:
+        """The ReLU that a step can do itself: the only one that reads its output."""
+        users = self.graph.users(step.output)
+        relu = len(users) == 1 and users[0] is not None and users[0].op == "relu"
+        return users[0] if relu and not self.skipped(users[0]) else None
+
+    def kind(self, step: Step) -> str:
+        """product, add, mean, same, relu, or float.
+
+        Raises:
+            ValueError: no integers can do it.
+        """
+        live = [ref for ref in step.refs() if ref not in self.graph.constants]
+        if self.skipped(step):
+            return "float"
+        if step.op in PRODUCTS and constant_weights(self.graph, step):
+            return "product"
+        if step.op in ADDS and len(live) == 2:
+            return "add"
+        if step.op in MEANS:
+            return "mean"
+        if step.op in SAME and len(live) == len(step.inputs) == 1:
+            return "same"
+        if step.op == "relu":
+            return "relu"
+        raise ValueError(
+            f"op {step.op} in layer {step.layer or 'the model itself'!r} has no form on integers: "
+            f"leave it in float with skip=[{step.layer!r}]"
+        )
+
+    def wanted(self) -> set[Ref]:
+        """The values whose range is to be measured."""
+        found: set[Ref] = set()
+        for step in self.graph.steps:
+            kind = self.kind(step)
+            live = [ref for ref in step.refs() if ref not in self.graph.constants]
+            if kind == "float":
+                continue
+            found.update(live)
+            if kind in ("product", "add", "mean"):
+                relu = self.relu_after(step) if kind != "mean" else None
+                found.add(relu.output if relu else step.output)
+        return found
+
+    # Rewriting
+
+    def emit(self, op: str, inputs: Sequence[Any], settings: Any, like: Step, dtype: str) -> Ref:
+        out = Ref(self.next)
+        self.next += 1
+        given = tuple(
+            self.constant(np.asarray(x)) if isinstance(x, np.ndarray | np.generic) else x
+            for x in inputs
+        )
+        self.new.steps.append(Step(op, given, dict(settings), out, like.layer, like.shape, dtype))
+        return out
+
+    def constant(self, value: np.ndarray) -> Ref:
+        ref = Ref(self.next)
+        self.next += 1
+        self.new.constants[ref] = Tensor(value)
+        return ref
+
+    def as_bytes(self, ref: Ref, like: Step) -> tuple[Ref, np.ndarray, np.ndarray]:
+        if ref not in self.bytes:
+            scale, zero = self.ranges[ref]
+            q = self.emit("quantize_linear", (self.floats[ref], scale, zero), {"axis": 1}, like,
+                          "uint8")  # fmt: skip
+            self.bytes[ref] = q, scale, zero
+        return self.bytes[ref]
+
+    def as_float(self, ref: Ref, like: Step) -> Ref:
+        if ref in self.graph.constants:
+            return self.constant(self.graph.constants[ref].numpy())
+        if ref not in self.floats:
+            q, scale, zero = self.bytes[ref]
+            self.floats[ref] = self.emit("dequantize_linear", (q, scale, zero), {"axis": 1}, like,
+                                         "float32")  # fmt: skip
+        return self.floats[ref]
+
+    def lower(self) -> Graph:
+        done: set[Ref] = set()
+        for step in self.graph.steps:
+            if step.output in done:
+                continue
+            kind = self.kind(step)
+            relu = self.relu_after(step) if kind in ("product", "add") else None
+            result = relu.output if relu else step.output
+            done.add(result)
+            getattr(self, "lower_" + kind)(step, result, relu is not None)
+        last = self.graph.steps[-1]
+        output = minidl.trace.nested(
+            self.graph.output, lambda x: self.as_float(x, last) if isinstance(x, Ref) else x
+        )
+        return replace(self.new, output=output)
+
+    def lower_float(self, step: Step, result: Ref, relu: bool) -> None:
+        given = [self.as_float(x, step) if isinstance(x, Ref) else x for x in step.inputs]
+        self.floats[result] = self.emit(step.op, given, step.settings, step, step.dtype)
+
+    def lower_same(self, step: Step, result: Ref, relu: bool) -> None:
+        q, scale, zero = self.as_bytes(step.inputs[0], step)
+        if step.op == "index_put" and zero != 0:  # it fills in zeros, which are z here
+            return self.lower_float(step, result, relu)
+        out = self.emit(step.op, (q,), step.settings, step, "uint8")
+        self.bytes[result] = out, scale, zero
+
+    def lower_relu(self, step: Step, result: Ref, relu: bool) -> None:
+        q, scale, zero = self.as_bytes(step.inputs[0], step)
+        self.bytes[result] = self.emit("maximum", (q, zero), {}, step, "uint8"), scale, zero
+
+    def lower_mean(self, step: Step, result: Ref, relu: bool) -> None:
+        q, scale, zero = self.as_bytes(step.inputs[0], step)
+        new_scale, new_zero = self.ranges[result]
+        inputs = (q, scale / new_scale, zero, new_zero)
+        out = self.emit("adaptive_avg_pool2d_integer", inputs, step.settings, step, "uint8")
+        self.bytes[result] = out, new_scale, new_zero
+
+    def lower_add(self, step: Step, result: Ref, relu: bool) -> None:
+        (a, a_scale, a_zero), (b, b_scale, b_zero) = (self.as_bytes(x, step) for x in step.inputs)
+        scale, zero = self.ranges[result]
+        inputs = (a, b, a_scale / scale, b_scale / scale, a_zero, b_zero, zero)
+        out = self.emit("add_integer", inputs, {"relu": relu}, step, "uint8")
+        self.bytes[result] = out, scale, zero
+
+    def lower_product(self, step: Step, result: Ref, relu: bool) -> None:
+        x, x_scale, x_zero = self.as_bytes(step.inputs[0], step)
+        w = self.graph.constants[step.inputs[1]].numpy()
+        bias = step.inputs[2]
+        q, w_scale = quantize_weight(w, self.weight_bits, self.per_channel, step.layer)
+        scale = (x_scale * w_scale).astype(np.float32)
+        b = None
+        if bias is not None:
+            b = whole_bias(self.graph.constants[bias].numpy(), scale, step.layer)
+        # What nobody reads as bytes need not be rounded to them: a classifier's scores.
+        last = result in refs_in(self.graph.output) and self.graph.users(result) == [None]
+        if last:
+            y_scale, y_zero = None, None
+        else:
+            y_scale, y_zero = self.ranges[result]
+            scale = (scale / y_scale).astype(np.float32)
+        dtype = "float32" if last else "uint8"
+        if step.op == "conv2d":
+            inputs = (x, q, x_zero, None, scale, b, y_zero)
+            out = self.emit("conv_integer", inputs, {**step.settings, "relu": relu}, step, dtype)
+        else:
+            inputs = (x, q.T.copy(), x_zero, None, scale, b, y_zero)
+            out = self.emit("matmul_integer", inputs, {"relu": relu}, step, dtype)
+        if last:
+            self.floats[result] = out
+        else:
+            assert y_scale is not None and y_zero is not None
+            self.bytes[result] = out, y_scale, y_zero
+
+
+def quantize_weight(
+    w: np.ndarray, bits: int, per_channel: bool, layer: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric: q = round(w / s), s = max |w| / (2^(bits-1) - 1); (q int8, s float32).
+
+    Args:
+        w: (out, ...).
+        per_channel: a scale for each of out (Krishnamoorthi 2018, section 2.2.2), else one.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    if not np.isfinite(w).all():
+        raise ValueError(f"layer {layer!r} has weights that are not finite")
+    most = 2 ** (bits - 1) - 1
+    axes = tuple(range(1, w.ndim)) if per_channel else None
+    largest = np.abs(w).max(axis=axes, initial=0)
+    s = np.where(largest > 0, largest / np.float32(most), np.float32(1)).astype(np.float32)
+    s = np.maximum(s, np.finfo(np.float32).tiny)
+    along = s.reshape(-1, *[1] * (w.ndim - 1)) if per_channel else s
+    return np.clip(np.rint(w / along), -most, most).astype(np.int8), np.atleast_1d(s)
+
+
+def whole_bias(b: np.ndarray, scale: np.ndarray, layer: str) -> np.ndarray:
+    """round(b / scale), int32.
+
+    Raises:
+        ValueError: it does not fit: the scale of a channel is far too small for its bias.
+    """
+    q = np.rint(b.astype(np.float64) / scale)
+    if np.abs(q).max(initial=0) >= 2**30:
+        worst = int(np.abs(q).argmax())
+        raise ValueError(
+            f"channel {worst} of layer {layer!r} has bias {b[worst]:g}, {abs(q[worst]):.2g} times "
+            "the scale of its sums: too much for 32 bits. Its weights are nearly zero beside it: "
+            "leave the layer in float with skip="
+        )
+    return q.astype(np.int32)
+
+
+# The module -------------------------------------------------------------------------------
+
+
+class Quantized(nn.Module):
+    """A network on integers: the list of its ops, and its constants as buffers.
+
+    Args:
+        graph: of ops on integers, as `quantize` makes it.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        for ref, value in graph.constants.items():
+            self.register_buffer(f"c{ref.number}", value)
+        self.packed: dict[Ref, Packed] = {}
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The steps, with weights that are packed once."""
+        constants: dict[Ref, Any] = {
+            ref: getattr(self, f"c{ref.number}") for ref in self.graph.constants
+        }
+        graph = replace(self.graph, constants=constants)
+        for step in self.graph.steps:
+            if step.op == "conv_integer" and takes_packed(conv_integer, inputs[0]):
+                pack: Any = lambda w, groups=step.settings["groups"]: pack_conv_integer(  # noqa: E731
+                    w, groups=groups
+                )
+            elif step.op == "matmul_integer" and takes_packed(matmul_integer, inputs[0]):
+                pack = lambda w: pack_matmul_integer(w.T)  # noqa: E731
+            else:
+                continue
+            ref = step.inputs[1]
+            constants[ref] = self.packed.setdefault(ref, Packed()).of(constants[ref], pack)
+        with minidl.no_grad():
+            return graph.run(inputs)
