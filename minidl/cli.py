@@ -390,7 +390,7 @@ def caption_train(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Training images.", show_default="all")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training captions.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training captions.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Captions a step.")] = 64,
     lr: Annotated[float, typer.Option(help="Learning rate, at its peak.")] = 0.003,
     beam: Annotated[int, typer.Option(min=1, help="Of the gallery's captions.")] = 3,
@@ -432,8 +432,8 @@ def caption_train(
     config = {
         "data": data, "encoder": encoder, "encoder_weights": str(weights) if weights else None,
         "freeze": freeze, "decoder": decoder, "cell": cell, "hidden": hidden, "dropout": dropout,
-        "word_dropout": word_dropout, "image_size": image_size, "batch_size": batch_size, "seed": seed, "epochs": epochs,
-        "vocabulary": captions.describe(vocabulary),
+        "word_dropout": word_dropout, "image_size": image_size, "batch_size": batch_size,
+        "seed": seed, "epochs": epochs, "vocabulary": captions.describe(vocabulary),
     }  # fmt: skip
     minidl.manual_seed(seed)
     model = captions.build(config, vocabulary).to(device)

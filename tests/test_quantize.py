@@ -13,7 +13,8 @@ from minidl import models, nn
 from minidl.quantization import Quantized, quantize
 from minidl.quantization.static import fold
 from minidl.trace import resolve, trace
-from tests.oracles import LOOPS, conv, quantized  # noqa: F401  (they fill LOOPS)
+from tests import oracles
+from tests.oracles import conv as _conv  # noqa: F401  (they fill LOOPS)
 
 
 def snr(exact: Any, found: Any) -> float:
@@ -71,7 +72,7 @@ def by_loops(op: str, given: list[Any], how: dict[str, Any]) -> Any:
     if op in ("conv_integer", "matmul_integer"):
         x, w, x_zero, _, scale, bias, zero = given
         relu = how.pop("relu")
-        sums = LOOPS[op](x, w, x_zero, None, None, None, None, relu=False, **how)
+        sums = oracles.LOOPS[op](x, w, x_zero, None, None, None, None, relu=False, **how)
         y = np.zeros(sums.shape, np.float32 if zero is None else np.uint8)
         for i in np.ndindex(y.shape):
             channel = i[1]

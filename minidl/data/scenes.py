@@ -104,7 +104,7 @@ class ShapeScenes(Dataset):
 
     Args:
         split: "train" and "val": scenes without a pair of `HELD_OUT`; "test": each has one.
-        length: how many scenes; by default 10,000 for training, else 1,000.
+        length: how many scenes; by default 20,000 for training, else 1,000.
         image_size: at least 64.
         compounds: write colour and shape as one word, "two small redsquares". The words of pairs in
             `HELD_OUT` then never occur in training: no vocabulary of whole words can say them, one
@@ -131,7 +131,7 @@ class ShapeScenes(Dataset):
     ) -> None:
         if split not in self.splits:
             raise ValueError(f"split {split!r}: expected one of {', '.join(self.splits)}")
-        length = (10_000 if split == "train" else 1_000) if length is None else length
+        length = (20_000 if split == "train" else 1_000) if length is None else length
         if length < 1 or image_size < 64:
             raise ValueError(
                 "length is at least 1 and image_size at least 64 (a small star is a blot below "
