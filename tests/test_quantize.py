@@ -14,7 +14,7 @@ from minidl.quantization import Quantized, quantize
 from minidl.quantization.static import fold
 from minidl.trace import resolve, trace
 from tests import oracles
-from tests.oracles import conv as _conv  # noqa: F401  (they fill LOOPS)
+from tests import registry as _  # noqa: F401  (it fills the oracles)
 
 
 def snr(exact: Any, found: Any) -> float:
