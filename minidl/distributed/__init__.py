@@ -3,11 +3,11 @@
     from minidl import distributed as dist
 
     dist.init()                          # alone, or one rank of many: mpirun -n 4 python script.py
-    model = dist.DataParallel(model)     # the same on all ranks; gradients are summed
-    ...
+    dist.communicator().allreduce(x)     # the sum over all ranks, in place
 
 A script runs unchanged alone, under mpirun, and as threads (`dist.simulate`). From top to bottom:
-`communicator.py` (what ranks say to one another), `simulation.py` and `mpi.py` (over which engine).
+`communicator.py` (what ranks say to one another), `simulation.py` and `mpi.py` (over which engine),
+`aggregation.py` (sums over ranks, written out).
 """
 
 from __future__ import annotations
