@@ -154,7 +154,8 @@ def written(array: Any) -> None:
 
 def check_unchanged(node: Node) -> None:
     for value in node.saved:
-        if hasattr(value, "base") and writes.get(owner(value), 0) > node.number:
+        # (A dtype that the tape keeps has a base as well: itself.)
+        if hasattr(value, "strides") and writes.get(owner(value), 0) > node.number:
             raise RuntimeError(
                 f"an array of shape {value.shape} that the gradient of {node.op.name!r} needs was "
                 "changed in place after it was computed. Call backward() before you change it, "

@@ -383,7 +383,7 @@ def caption_train(
     dropout: Annotated[float, typer.Option(min=0, max=1, help="Before each word.")] = 0.3,
     word_dropout: Annotated[
         float, typer.Option(min=0, max=1, help="Words that go in as <unk>: look, do not guess.")
-    ] = 0.5,
+    ] = 0.0,
     tokens: Annotated[str, typer.Option(help="word, character or bpe.")] = "word",
     min_count: Annotated[int, typer.Option(min=1, help="Leave rarer words out.")] = 1,
     image_size: Annotated[int, typer.Option(min=16, help="Height and width.")] = 64,

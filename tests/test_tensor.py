@@ -854,3 +854,12 @@ def test_op_errors_name_the_op_and_its_arguments() -> None:
     with pytest.raises(ValueError) as info:
         minidl.zeros(2, 3) @ minidl.zeros(2, 3)
     assert any("matmul(float32(2, 3), float32(2, 3))" in note for note in info.value.__notes__)
+
+
+def test_a_write_between_a_cast_and_its_backward():
+    """The tape keeps the dtype that was cast from, which no write can change."""
+    x = minidl.tensor(np.ones(3), requires_grad=True)
+    y = x.to(minidl.float32)
+    minidl.zeros(2).add_(1)
+    y.sum().backward()
+    assert x.grad.dtype == np.float64 and x.grad.numpy().tolist() == [1, 1, 1]

@@ -134,10 +134,7 @@ def scenes(args: argparse.Namespace) -> dict[str, Any]:
     for name, decoder in (("attention", ShowAttend), ("no attention", ShowAndTell)):
         minidl.manual_seed(0)
         words = vocabulary_of(train_set)
-        model = Captioner(
-            Encoder(convolutions(WIDTHS, more=2)),
-            decoder(words, WIDTHS[-1] + 2, word_dropout=0.5),
-        )
+        model = Captioner(Encoder(convolutions(WIDTHS, more=2)), decoder(words, WIDTHS[-1] + 2))
         began = time.perf_counter()
         fit(model, train_set, args.epochs or EPOCHS, 0.003)
         row: dict[str, Any] = {"seconds": time.perf_counter() - began}
