@@ -144,6 +144,41 @@ class Graph:
         self.constants[ref] = value
         return ref
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without the constants' values: what `minidl.save` takes."""
+        steps = [
+            {"op": s.op, "inputs": coded(s.inputs), "settings": coded(s.settings),
+             "output": s.output.number, "layer": s.layer, "shape": coded(s.shape),
+             "dtype": s.dtype}
+            for s in self.steps
+        ]  # fmt: skip
+        return {
+            "steps": steps,
+            "inputs": [ref.number for ref in self.inputs],
+            "output": coded(self.output),
+            "constants": [ref.number for ref in self.constants],
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], constants: dict[Ref, Tensor]) -> Graph:
+        """What `to_dict` gave, with the constants' values.
+
+        Raises:
+            ValueError: constants are missing; an op that this minidl does not have.
+        """
+        if missing := {Ref(n) for n in content["constants"]} - constants.keys():
+            raise ValueError(f"constant {min(missing).number} is missing")
+        steps = []
+        for s in content["steps"]:
+            if s["op"] not in registry:
+                raise ValueError(f"this minidl has no op {s['op']!r}")
+            given, settings, shape = (decoded(s[k]) for k in ("inputs", "settings", "shape"))
+            steps.append(
+                Step(s["op"], given, settings, Ref(s["output"]), s["layer"], shape, s["dtype"])
+            )
+        inputs = [Ref(n) for n in content["inputs"]]
+        return cls(steps, inputs, decoded(content["output"]), constants)
+
     def copy(self) -> Graph:
         return replace(
             self, steps=[*self.steps], constants={**self.constants}, names={**self.names}
@@ -304,3 +339,25 @@ def refs_in(x: Any) -> list[Ref]:
     found: list[Ref] = []
     nested(x, lambda leaf: found.append(leaf) if isinstance(leaf, Ref) else None)
     return found
+
+
+def coded(x: Any) -> Any:
+    """With plain values in place of `Ref`, `PerSample` and slices, which a file does not have."""
+    if isinstance(x, slice):
+        return {"slice": coded((x.start, x.stop, x.step))}
+    if isinstance(x, Ref | PerSample):
+        return {type(x).__name__: x[0]}
+    if isinstance(x, dict):
+        return {"dict": {key: coded(value) for key, value in x.items()}}
+    return type(x)(coded(v) for v in x) if type(x) in (tuple, list) else x
+
+
+def decoded(x: Any) -> Any:
+    if isinstance(x, dict):
+        ((kind, value),) = x.items()
+        if kind == "dict":
+            return {key: decoded(v) for key, v in value.items()}
+        if kind == "slice":
+            return slice(*decoded(value))
+        return {"Ref": Ref, "PerSample": PerSample}[kind](value)
+    return type(x)(decoded(v) for v in x) if type(x) in (tuple, list) else x

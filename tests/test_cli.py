@@ -326,6 +326,29 @@ def test_attack_refuses(tmp_path):
         assert not (run / "attack").exists()
 
 
+def test_quantize(tmp_path):
+    from minidl.quantization import Quantized
+
+    run = tmp_path / "run"
+    assert call("train", "--epochs", 3, "--out", run)[0] == 0
+    code, output = call("quantize", run, "--sweep", "--calibrate", 100)
+    assert code == 0 and "predictions kept" in output and "2 bits" in output
+    found = json.loads((run / "int8" / "quantize.json").read_text())
+    assert found["agreement"] > 0.97 and len(found["sweep"]) == 7
+    assert found["narrow"]["MiB"] < 0.35 * found["float32"]["MiB"]
+    assert (run / "int8" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert Quantized.load(run / "int8" / "model.safetensors").graph.steps
+    code, output = call("quantize", run, "--dtype", "float16", "--out", tmp_path / "half")
+    assert code == 0 and "float16" in output
+    for arguments, words in (
+        (["--dtype", "int9"], "int8, float16"),
+        (["--observer", "largest"], "expected one of minmax"),
+        (["--skip", "conv9"], "has no layer 'conv9'"),
+    ):
+        code, output = call("quantize", run, *arguments)
+        assert code == cli.MISUSED and words in " ".join(output.split()), output
+
+
 def test_caption(tmp_path):
     from PIL import Image
 

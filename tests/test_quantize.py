@@ -167,6 +167,35 @@ def test_other_batch_sizes_and_the_parameters(residual: Any) -> None:
     assert np.array_equal(other(BATCHES[0]).numpy(), whole)
 
 
+def test_save_and_load(residual: Any, tmp_path: Any) -> None:
+    """The network comes back without the model, slices and batch sizes included."""
+    for model, batches in (
+        (residual, BATCHES),
+        (models.get("resnet8", num_classes=4), [minidl.rand(2, 3, 16, 16)]),
+    ):
+        quantized = quantize(model, batches)
+        quantized.save(tmp_path / "q.safetensors")  # type: ignore[operator]
+        again = Quantized.load(tmp_path / "q.safetensors")
+        x = batches[0][:1]
+        assert np.array_equal(again(x).numpy(), quantized(x).numpy())
+        assert [vars(s) for s in again.graph.steps] == [
+            vars(s)
+            for s in quantized.graph.steps  # type: ignore[union-attr]
+        ]
+    minidl.save({"a": 1}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"is not a network that `Quantized\.save` wrote"):
+        Quantized.load(tmp_path / "other.safetensors")
+    content = minidl.load(tmp_path / "q.safetensors")
+    content["graph"]["steps"][0]["op"] = "magic"
+    minidl.save(content, tmp_path / "q.safetensors")
+    with pytest.raises(ValueError, match="has no op 'magic'"):
+        Quantized.load(tmp_path / "q.safetensors")
+    del content["constants"]["c" + str(content["graph"]["constants"][0])]
+    minidl.save(content, tmp_path / "q.safetensors")
+    with pytest.raises(ValueError, match="is missing"):
+        Quantized.load(tmp_path / "q.safetensors")
+
+
 def test_skipped_layers_stay_float() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(48, 2))
     with pytest.raises(ValueError, match=r"sigmoid in layer '1' .* skip=\['1'\]"):

@@ -16,6 +16,7 @@ the layers there are bytes only. It takes five steps, each a function below:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -351,6 +352,9 @@ def whole_bias(b: np.ndarray, scale: np.ndarray, layer: str) -> np.ndarray:
 class Quantized(nn.Module):
     """A network on integers: the list of its ops, and its constants as buffers.
 
+        quantized.save("m.int8.safetensors")
+        Quantized.load("m.int8.safetensors")(images)      # the model is not needed
+
     Args:
         graph: of ops on integers, as `quantize` makes it.
     """
@@ -382,3 +386,21 @@ class Quantized(nn.Module):
             constants[ref] = self.packed.setdefault(ref, Packed()).of(constants[ref], pack)
         with minidl.no_grad():
             return graph.run(inputs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write list and constants as safetensors."""
+        minidl.save({"graph": self.graph.to_dict(), "constants": self.state_dict()}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Quantized:
+        """Read what `save` wrote. Loading runs no code.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is something else.
+        """
+        content = minidl.load(path)
+        if not isinstance(content, dict) or content.keys() != {"graph", "constants"}:
+            raise ValueError(f"{path} is not a network that `Quantized.save` wrote")
+        constants = {Ref(int(name[1:])): value for name, value in content["constants"].items()}
+        return cls(Graph.from_dict(content["graph"], constants))
