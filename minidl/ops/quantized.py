@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from minidl.backend import array_module
 from minidl.backend.native import native, why_missing
 from minidl.op import Sample, op, sample
 from minidl.ops.conv import Pair, conv2d
@@ -316,7 +317,7 @@ def adaptive_avg_pool2d_integer(x, scale, x_zero_point, zero_point, *, output_si
         zero_point: of the result, int8 or uint8: its dtype.
     """
     expect_bytes("x", x)
-    out = np.empty((*x.shape[:2], *output_size), zero_point.dtype)
+    out = array_module(x).empty((*x.shape[:2], *output_size), zero_point.dtype)
     for at, window in adaptive_windows(x.shape[2:], output_size):
         pixels = x[window]
         count = math.prod(pixels.shape[2:])
