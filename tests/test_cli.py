@@ -16,7 +16,7 @@ from minidl import cli
 from minidl.data import MNIST
 
 COMMANDS = [
-    "demo", "train", "attack", "augment", "caption train", "caption show", "kernels", "doctor",
+    "demo", "quantize", "train", "attack", "augment", "caption train", "caption show", "kernels", "doctor",
     "bench ladder", "bench step",
 ]  # fmt: skip
 
