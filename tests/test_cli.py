@@ -16,8 +16,8 @@ from minidl import cli
 from minidl.data import MNIST
 
 COMMANDS = [
-    "demo", "quantize", "train", "attack", "augment", "caption train", "caption show", "kernels", "doctor",
-    "bench ladder", "bench step",
+    "demo", "train", "attack", "augment", "quantize", "caption train", "caption show", "kernels",
+    "doctor", "bench ladder", "bench step",
 ]  # fmt: skip
 
 
