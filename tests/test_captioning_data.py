@@ -25,6 +25,7 @@ from minidl.data import (
     MissingDataError,
     ShapeScenes,
 )
+from minidl.data.augment import RandomCrop
 from minidl.data.scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, SIZES, draw, imagine, place
 from minidl.data.transforms import CenterCrop, Compose, Resize
 
@@ -443,6 +444,26 @@ def test_loaders_resume_and_load_in_the_background(bucket):
     rest = [b.words.numpy() for b, _ in resumed]
     assert len(rest) == len(expected) - 1
     assert all(map(np.array_equal, expected[1:], rest))
+
+
+def test_augmentation_belongs_to_the_sample_not_to_who_loads_it():
+    crop = RandomCrop(64, padding=8)
+    data, still = ShapeScenes("train", 12, transform=crop), ShapeScenes("train", 12)
+    v = Vocabulary.build(itertools.chain(*data.captions))
+
+    def images(dataset, **options):
+        loader = caption_loader(dataset, v, 8, shuffle=True, seed=2, **options)
+        return [[b.images.numpy() for b, _ in loader] for _ in range(2)]  # two epochs
+
+    expected = images(data)
+    for options in ({"prefetch_thread": True}, {"num_workers": 2}):
+        for one, other in zip(expected, images(data, **options)):
+            assert all(map(np.array_equal, one, other)) and len(one) == len(other)
+    assert not any(map(np.array_equal, expected[0], images(still)[0]))
+    # Each caption of an image sees a crop of its own, and another one in the next epoch.
+    loaders = caption_loader(data, v, 100, seed=2)
+    first, second = (next(iter(loaders))[0].images.numpy() for _ in range(2))
+    assert len({image.tobytes() for image in first}) > len(data) and not (first == second).all()
 
 
 def test_images_of_different_sizes_need_a_transform(table):
