@@ -261,3 +261,4 @@ draw_attention(image, words, maps, FIGURES / "12_composing.png")
 # 5. Draw words at random: `model.generate(images, temperature=1.5, seed=0)`, then with `top_p=0.9`.
 #
 # `minidl/captioning/model.py` holds both decoders, `minidl/captioning/decoding.py` the searches.
+# Next: `13_a_network_in_eight_bits.py`.
