@@ -34,9 +34,12 @@ INT32_MAX = 2**31 - 1
 
 
 def along(v: Any, axis: int, ndim: int) -> Any:
-    """A vector as an array that broadcasts along one axis; a single number as it is."""
+    """A vector as an array that broadcasts along one axis; one number, or what has all axes
+    already, as it is."""
     if np.ndim(v) == 0 or np.size(v) == 1:
         return v.reshape(()) if np.ndim(v) else v
+    if np.ndim(v) == ndim > 1:
+        return v
     return v.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)])
 
 
@@ -127,8 +130,8 @@ def matmul_integer(a, b, a_zero_point, b_zero_point, scale, bias, zero_point, *,
     Args:
         a: (..., M, K), int8 or uint8.
         b: (..., K, N), int8 or uint8; or what `pack_matmul_integer` made of its transpose (N, K).
-        a_zero_point: one, one for each of M, or None: 0.
-        b_zero_point: one, one for each of N, or None: 0.
+        a_zero_point: one, one for each of M (of a batch of b: or (..., M, 1)), or None: 0.
+        b_zero_point: one, one for each of N (of a batch of b: or (..., 1, N)), or None: 0.
         scale: None for int32 sums; else one, or one for each of N.
         bias: None; one int32 for each of N, added to the sum; or, for a real result, one float.
         zero_point: None for a real result of scale's dtype; else int8 or uint8, the output's.
@@ -328,8 +331,9 @@ def adaptive_avg_pool2d_integer(x, scale, x_zero_point, zero_point, *, output_si
 
 @quantize_linear.kernel("native", dtypes=("float32",), missing=why_missing)
 def _(x, scale, zero_point, *, axis=1):
-    """One scale for all; the formula has the others."""
-    if scale.size != 1 or zero_point.size != 1 or scale.dtype != x.dtype:
+    """One scale for all, to bytes; the formula has the others."""
+    one_of_each = scale.size == zero_point.size == zero_point.dtype.itemsize == 1
+    if not one_of_each or scale.dtype != x.dtype:
         return quantize_linear.op.formula(x, scale, zero_point, axis=axis)
     return native.quantize_linear(x, scale.item(), zero_point.item(), zero_point.dtype.name)
 

@@ -22,6 +22,7 @@ import minidl
 from minidl import autograd, backend, models, nn, optim, use
 from minidl.data import DataLoader, Digits
 from minidl.nn import functional as F
+from minidl.onnx import operators
 from minidl.tensor import Tensor
 from tests import registry as reg
 from tests import test_ops
@@ -434,6 +435,30 @@ def test_no_gpu() -> None:
 def test_no_such_gpu() -> None:
     with pytest.raises(RuntimeError, match=r"'cuda:99': this machine has \d+ GPU"):
         minidl.ones(2).to("cuda:99")
+
+
+def test_the_operators_of_onnx() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(0, 256, (2, 4, 6, 5), "u1"), rng.integers(-128, 128, (6, 4, 3, 3), "i1")
+    zeros, scales = (x[0, 0, 0, 0], w[:, 0, 0, 0]), (np.float32(0.1), rng.random(6, "f"))
+    bias, y_zero = rng.integers(-999, 999, 6, "i4"), np.uint8(7)
+    calls: list[Any] = [
+        (operators.conv_integer, (x, w, *zeros), {"pads": (0, 1, 2, 0)}),
+        (operators.qlinear_conv, (x, scales[0], zeros[0], w, scales[1], zeros[1], 50.0, y_zero,
+                                  bias), {"strides": (2, 1)}),
+        (operators.matmul_integer, (x, w[:5, :, 0, 0], zeros[0], zeros[1][:4]), {}),
+        (operators.qlinear_matmul, (x[0], 0.1, x[0, :, :, :1], x[1].swapaxes(1, 2), scales[1],
+                                    None, 90.0, y_zero), {}),
+        (operators.dynamic_quantize_linear, (rng.normal(size=(3, 4)).astype("f"),), {}),
+        (operators.dequantize_linear, (x, scales[1][:4], x[0, :, 0, 0]), {}),
+        (operators.quantize_linear, (rng.normal(size=(3, 6)).astype("f"), scales[1]), {}),
+    ]  # fmt: skip
+    for f, args, how in calls:
+        on_cpu, on_gpu = f(*args, **how), f(*map(there, args), **how)
+        pairs = zip(on_cpu, on_gpu) if isinstance(on_cpu, tuple) else [(on_cpu, on_gpu)]
+        for y, found in pairs:
+            assert backend.device_name(found).startswith("cuda") and found.dtype == y.dtype
+            np.testing.assert_array_equal(back(found), y)
 
 
 def test_no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
