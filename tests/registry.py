@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+import minidl.distributed
 import minidl.ops
 from minidl import autograd
 from minidl.op import Kernel, Op, OpFunction, Sample, registry

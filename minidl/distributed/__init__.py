@@ -7,7 +7,8 @@
 
 A script runs unchanged alone, under mpirun, and as threads (`dist.simulate`). From top to bottom:
 `communicator.py` (what ranks say to one another), `simulation.py` and `mpi.py` (over which engine),
-`aggregation.py` (sums over ranks, written out).
+`aggregation.py` (sums over ranks, written out), `schedules.py`, `timeline.py`, `pipeline.py`
+(layers split over ranks), `tensor_parallel.py` (one layer split), `mesh.py` (all of it together).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import importlib.util
 import os
 
 from minidl.distributed.communicator import CommunicationError, Communicator, Work
+from minidl.distributed.mesh import Mesh, init_mesh
+from minidl.distributed.pipeline import Pipeline, split_sequential
 from minidl.distributed.simulation import (
     Message,
     SimulatedCommunicator,
@@ -23,18 +26,22 @@ from minidl.distributed.simulation import (
     here,
     simulate,
 )
+from minidl.distributed.tensor_parallel import (
+    ColumnParallelConv2d,
+    ColumnParallelLinear,
+    RowParallelConv2d,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    full_state_dict,
+    load_full_state_dict,
+)
 
 __all__ = [
-    "CommunicationError",
-    "Communicator",
-    "Message",
-    "Work",
-    "communicator",
-    "init",
-    "rank",
-    "simulate",
-    "world_size",
-]
+    "ColumnParallelConv2d", "ColumnParallelLinear", "CommunicationError", "Communicator", "Mesh",
+    "Message", "Pipeline", "RowParallelConv2d", "RowParallelLinear", "VocabParallelEmbedding",
+    "Work", "communicator", "full_state_dict", "init", "init_mesh", "load_full_state_dict", "rank",
+    "simulate", "split_sequential", "world_size",
+]  # fmt: skip
 
 # How many ranks there are: Open MPI; MPICH and Intel MPI; MVAPICH; Slurm's srun.
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")

@@ -1,0 +1,43 @@
+"""Pipeline and tensor parallel with CuPy arrays (their double, without a GPU): what ranks exchange
+goes through the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import minidl
+import minidl.nn.functional as F
+from minidl import distributed as dist
+from minidl import nn
+from tests.cuda.test_cupy import cupy  # noqa: F401  (a fixture)
+
+
+def one_step(device: str, schedule: str) -> list:
+    dist.init()
+    mesh = dist.init_mesh(pipeline=2, tensor=2)
+    minidl.manual_seed(1)
+    c = mesh["tensor"]
+    model = nn.Sequential(
+        dist.VocabParallelEmbedding(8, 6, communicator=c),
+        dist.ColumnParallelLinear(6, 8, gather_output=False, communicator=c),
+        nn.Tanh(),
+        dist.RowParallelLinear(8, 3, input_is_parallel=True, communicator=c),
+    ).to(device)
+    pipeline = dist.Pipeline(dist.split_sequential(model, 2), schedule, 2, mesh["pipeline"])
+    x, y = minidl.tensor(np.arange(5)).to(device), minidl.tensor(np.arange(5) % 3).to(device)
+    loss = pipeline.step(x, y, F.cross_entropy)
+    grads = [p.grad for p in pipeline.parameters()]
+    assert all(str(g.device).startswith(device) for g in grads)
+    assert str(pipeline(x).device).startswith(device)
+    state = pipeline.full_state_dict()
+    assert all(isinstance(a, np.ndarray) for a in state.values())
+    return [loss, *(g.cpu().numpy() for g in grads), *state.values()]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_a_step_on_a_gpu_is_the_cpus(schedule):
+    expected = dist.simulate(lambda: one_step("cpu", schedule), 4)
+    for ours, theirs in zip(dist.simulate(lambda: one_step("cuda", schedule), 4), expected):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
