@@ -117,8 +117,8 @@ def test_a_row_of_zeros_or_of_subnormal_numbers(x: Any) -> None:
 
 def test_bad_input() -> None:
     linear = nn.Linear(4, 3)
-    with pytest.raises(ValueError, match="int8, float16, bfloat16, got 'int4'"):
-        weight_only(linear, "int4")
+    with pytest.raises(ValueError, match="int4, int8, float16, bfloat16, got 'int2'"):
+        weight_only(linear, "int2")
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         weight_only(nn.Sequential(nn.ReLU()))
     linear.weight.array[1, 2] = 1e5

@@ -200,20 +200,27 @@ def convolve(
             f"{x.shape[1]} multiples of groups"
         )
     check_shape(name, "bias", bias, weight.shape[:1])
+    x, how = window(name, x, weight.shape[2:], stride, padding, dilation)
+    return (conv.conv2d_relu if relu else conv.conv2d)(x, weight, bias, **how, groups=groups)
+
+
+def window(
+    name: str, x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any
+) -> tuple[Tensor, dict[str, Any]]:
+    """How a kernel slides, in numbers; and x, perhaps with a row or column of zeros more."""
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     if padding == "valid":
         padding = 0
     elif padding == "same":
         if stride != (1, 1):
             raise ValueError(f"{name}: padding='same' needs stride 1, got {stride}")
-        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+        total = [d * (k - 1) for d, k in zip(dilation, kernel)]
         if any(n % 2 for n in total):
             x = shape.pad(x, (0, total[1] % 2, 0, total[0] % 2))
         padding = [n // 2 for n in total]
     elif isinstance(padding, str):
         raise ValueError(f"{name}: padding is a number, two, 'same' or 'valid', got {padding!r}")
-    how = {"stride": stride, "padding": pair("padding", padding), "dilation": dilation}
-    return (conv.conv2d_relu if relu else conv.conv2d)(x, weight, bias, **how, groups=groups)
+    return x, {"stride": stride, "padding": pair("padding", padding), "dilation": dilation}
 
 
 def conv_transpose2d(

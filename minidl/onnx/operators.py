@@ -23,10 +23,9 @@ import numpy as np
 
 from minidl import backend
 from minidl.ops import quantized
-from minidl.ops.elementwise import astype, clamp, maximum, minimum, round_, where
-from minidl.ops.reduce import amax, amin
+from minidl.ops.elementwise import astype
 from minidl.ops.shape import pad, reshape
-from minidl.tensor import Tensor
+from minidl.tensor import Tensor, raw
 
 Ints = Sequence[int]
 
@@ -70,11 +69,8 @@ def dynamic_quantize_linear(x: Any) -> tuple[Any, Any, Any]:
     y_scale = (max(x, 0) - min(x, 0)) / 255,  y_zero_point = saturate(round(-min(x, 0) / y_scale)).
     Of an x that is all 0 the scale is 1.
     """
-    low, high = minimum(amin(x), 0), maximum(amax(x), 0)
-    width = (high - low) / 255
-    scale = where(width == 0, astype(width, dtype=np.float32) * 0 + 1, width)
-    zero = astype(round_(clamp(-low / scale, min=0, max=255)), dtype=np.uint8)
-    return quantized.quantize_linear(x, scale, zero), scale, zero
+    found = quantized.dynamic_quantize_linear(raw(x))
+    return tuple(map(Tensor, found)) if isinstance(x, Tensor) else found  # type: ignore[return-value]
 
 
 # Products ---------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ and the sum on the right is one of small integers: exact, in 32 bits. `matmul_in
 ``scale`` = x_scale * w_scale), or as a quantized number again (ONNX: QLinearMatMul, QLinearConv;
 ``scale`` = x_scale * w_scale / y_scale, and the output's ``zero_point``).
 
-`linear_weight_only` computes with floats, and keeps only the weights narrow: where a product waits
-for its weights to come from memory, half the bytes are half the time.
+`linear_dynamic` and `conv2d_dynamic` take floats, and find the scale of x by looking at x.
+
+`linear_weight_only` and `linear_int4` compute with floats, and keep only the weights narrow: where
+a product waits for its weights to come from memory, half the bytes are half the time.
 
 The kernels take weights packed beforehand in place of an array (`pack_linear` and its like).
 """
@@ -29,6 +31,7 @@ from minidl.op import Sample, op, sample
 from minidl.ops.conv import Pair, conv2d
 from minidl.ops.linalg import matmul
 from minidl.ops.pool import adaptive_windows
+from minidl.tensor import raw
 
 INT32_MAX = 2**31 - 1
 
@@ -193,6 +196,89 @@ def conv_integer(
         w -= along(w_zero_point, 0, 4)
     y = conv2d(x, w, None, stride=stride, padding=padding, dilation=dilation, groups=groups)
     return finish(np.rint(y).astype(np.int64), scale, bias, zero_point, relu, 1)
+
+
+# Products of floats that become bytes on the way --------------------------------------------
+
+
+def dynamic_quantize_linear(x: Any) -> tuple[Any, Any, Any]:
+    """Bytes of an array, and what they stand for (ONNX: DynamicQuantizeLinear).
+
+    scale = (max(x, 0) - min(x, 0)) / 255,  zero = round(-min(x, 0) / scale): all of x is covered,
+    and 0 is exact. Where there is nothing but 0, any scale would do: it is 1.
+
+    Args:
+        x: floats, of any shape; one scale is found for all of it.
+
+    Returns:
+        q uint8, of x's shape; scale (), of x's dtype; zero_point (), uint8.
+
+    Raises:
+        ValueError: x is not finite, so that no scale fits it.
+    """
+    xp, number = array_module(x), x.dtype.type
+    low, high = (float(x.min()), float(x.max())) if x.size else (0.0, 0.0)
+    with np.errstate(over="ignore", invalid="ignore"):  # in x's precision, as ONNX defines it
+        low, high = number(min(low, 0.0)), number(max(high, 0.0))
+        scale = (high - low) / number(255)
+    if not np.isfinite(scale):
+        raise ValueError(
+            f"activations from {low:g} to {high:g}: no scale in {x.dtype} fits them; look for what "
+            "made them so large, or not a number"
+        )
+    scale = max(scale, np.finfo(x.dtype).tiny) if high > low else number(1)
+    zero = xp.asarray(np.clip(np.rint(-low / scale), 0, 255), np.uint8)
+    scale = xp.asarray(scale, x.dtype)
+    return quantize_linear(x, scale, zero), scale, zero
+
+
+@op(constant=True)
+def linear_dynamic(x, w, w_scale, b):
+    """x wᵀ + b, as a product of integers whose scale is found by looking at x.
+
+    Args:
+        x: (..., in), floats; so is the result. `dynamic_quantize_linear` makes bytes of it.
+        w: (out, in), int8; or what `pack_matmul_integer` made of it.
+        w_scale: (out,), what one unit of w is worth.
+        b: None, or (out,).
+
+    Raises:
+        ValueError: x is not finite; the shapes do not fit; a sum might overflow.
+    """
+    q, scale, zero = dynamic_quantize_linear(x.reshape(-1, x.shape[-1]))
+    given = w if is_packed(w) else w.T
+    y = matmul_integer(q, given, zero, None, (scale * w_scale).astype(x.dtype), b, None)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+@op(constant=True)
+def conv2d_dynamic(
+    x: Any,
+    w: Any,
+    w_scale: Any,
+    b: Any,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    relu: bool = False,
+) -> Any:
+    """`conv2d` as one of integers whose scale is found by looking at x; perhaps ReLU.
+
+    Args:
+        x: (N, C, H, W), floats; so is the result.
+        w: (O, C/groups, kH, kW), int8; or what `pack_conv_integer` made of it.
+        w_scale: (O,), what one unit of w is worth.
+        b: None, or (O,).
+
+    Raises:
+        ValueError: as `linear_dynamic`.
+    """
+    q, scale, zero = dynamic_quantize_linear(x)
+    scale = (scale * w_scale).astype(x.dtype)
+    how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return conv_integer(q, w, zero, None, scale, b, None, **how, relu=relu)
 
 
 # Kernels. They take what the native module takes: float32 scales, and no empty arrays.
@@ -392,6 +478,63 @@ def _(x, w, scale, b):
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
+def pack_int4(q: Any) -> Any:
+    """Two numbers from -8 to 7 in a byte, the first in the lower half (as ONNX packs int4).
+
+    Args:
+        q: (rows, columns), integers.
+
+    Returns:
+        (rows, ⌈columns / 2⌉), uint8. Of an odd number of columns the last half is 0.
+    """
+    xp = array_module(q)
+    halves = xp.zeros((len(q), (q.shape[1] + 1) // 2, 2), np.uint8)
+    halves.reshape(len(q), -1)[:, : q.shape[1]] = q.astype(np.uint8) & 15
+    return halves[..., 0] + 16 * halves[..., 1]
+
+
+def unpack_int4(packed: Any, columns: int) -> Any:
+    """What `pack_int4` took, as int8: (rows, columns)."""
+    halves = array_module(packed).stack([packed & 15, packed // 16], axis=-1).astype(np.int8)
+    q = halves - (halves > 7) * np.int8(16)  # a half byte from 8 to 15 stands for -8 to -1
+    return q.reshape(len(packed), -1)[:, :columns]
+
+
+@op
+def linear_int4(x, w, scale, b, *, group_size):
+    """x (scale · w)ᵀ + b, where each byte of w is two weights.
+
+    Args:
+        x: (..., in), a float; so is the result. Sums are kept in its precision.
+        w: (out, ⌈in / 2⌉), uint8, as of `pack_int4`.
+        scale: (out, ⌈in / group_size⌉): each row has a scale for every `group_size` weights.
+        b: None, or (out,).
+    """
+    y = matmul(x, widened_int4(w, scale, x.shape[-1], group_size).astype(x.dtype).T)
+    return y if b is None else y + b
+
+
+def widened_int4(w: Any, scale: Any, columns: int, group_size: int) -> Any:
+    """The weights that int4 numbers stand for, in scale's dtype: (out, in)."""
+    return unpack_int4(w, columns) * scale.repeat(group_size, axis=1)[:, :columns]
+
+
+@linear_int4.gradient
+def _(g, x, w, scale, b_shape, *, group_size):
+    packed, columns = raw(w), x.shape[-1]
+    xp = array_module(packed)
+    q = unpack_int4(packed, columns).astype(x.dtype)
+    group = xp.arange(columns)[:, None] // group_size == xp.arange(scale.shape[1])
+    group = group.astype(x.dtype)  # (in, groups): 1 where a weight is of a group
+    tall = lambda a: a.reshape((-1, a.shape[-1]))  # noqa: E731
+    return (
+        lambda: matmul(g, matmul(scale, group.T) * q),
+        None,
+        lambda: matmul(matmul(tall(g).T, tall(x)) * q, group),
+        g,
+    )
+
+
 def packer(name: str) -> Any:
     """A function of the native module that packs weights, or one that says what is missing."""
 
@@ -485,6 +628,33 @@ def _(rng: np.random.Generator) -> Iterator[Sample]:
     for size in ((1, 1), (2, 3)):
         zero = np.array(4, np.uint8), np.array(9, np.uint8)
         yield sample(x, np.array(0.8), *zero, output_size=size)
+
+
+@linear_dynamic.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    scale, b = rng.uniform(0.01, 0.02, 5), rng.normal(size=5)
+    yield sample(rng.normal(size=(2, 3, 4)), some_bytes(rng, np.int8, 5, 4), scale, b)
+    yield sample(rng.uniform(1, 2, (3, 4)), some_bytes(rng, np.int8, 5, 4), scale, None)
+    yield sample(-rng.uniform(1, 2, 4), some_bytes(rng, np.int8, 5, 4), scale, b)
+    yield sample(np.zeros((2, 4)), some_bytes(rng, np.int8, 5, 4), scale, b)
+
+
+@conv2d_dynamic.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    x, scale, b = rng.normal(size=(2, 4, 5, 6)), rng.uniform(0.01, 0.02, 6), rng.normal(size=6)
+    yield sample(x, some_bytes(rng, np.int8, 6, 4, 3, 2), scale, b, padding=(1, 1), relu=True)
+    yield sample(x + 9, some_bytes(rng, np.int8, 6, 2, 3, 2), scale, None, groups=2, padding=(1, 0),
+                 stride=(2, 1), dilation=(1, 2))  # fmt: skip
+
+
+@linear_int4.samples
+def _(rng: np.random.Generator) -> Iterator[Sample]:
+    x, b = rng.normal(size=(2, 3, 7)), rng.normal(size=5)
+    w = some_bytes(rng, np.uint8, 5, 4)
+    yield sample(x, w, rng.uniform(0.01, 0.02, (5, 1)), b, group_size=7)
+    yield sample(x[0], w, rng.uniform(0.01, 0.02, (5, 2)), None, group_size=4)
+    yield sample(x[0, 0], w, rng.uniform(0.01, 0.02, (5, 3)), b, group_size=3)
+    yield sample(x[..., :6], w[:, :3], rng.uniform(0.01, 0.02, (5, 3)), b, group_size=2)
 
 
 @linear_weight_only.samples

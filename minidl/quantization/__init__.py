@@ -1,4 +1,4 @@
-"""Fewer bits: weights of 16 and 8 bits (lecture 2)."""
+"""Fewer bits: weights of 16, 8 and 4 bits (lecture 2)."""
 
 from minidl.quantization.fuse import ConvReLU2d, fuse
 from minidl.quantization.half import half

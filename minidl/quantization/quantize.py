@@ -1,4 +1,4 @@
-"""`quantize`: a trained network in 8 bits, by one of three schemes."""
+"""`quantize`: a trained network in 8 bits (or 4), by one of three schemes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minidl import nn
+from minidl.quantization.dynamic import dynamic
 from minidl.quantization.observers import OBSERVERS
 from minidl.quantization.static import Lowering, Quantized, calibrate, fold
 from minidl.quantization.weight_only import weight_only
 from minidl.trace import trace
 
-SCHEMES = ("static", "weight_only")
+SCHEMES = ("static", "dynamic", "weight_only")
 
 
 def quantize(
     model: nn.Module,
-    calibration: Iterable[Any] = (),
+    calibration: Iterable[Any] | None = None,
     dtype: str = "int8",
     per_channel: bool = True,
     scheme: str = "static",
@@ -24,21 +25,25 @@ def quantize(
     observer: str = "minmax",
     skip: Sequence[str] = (),
     weight_bits: int = 8,
+    group_size: int | None = 32,
 ) -> nn.Module:
     """A copy of a trained model that computes with 8-bit numbers; the model stays as it is.
 
     Args:
         model: it is run in eval mode.
-        calibration: batches of inputs as the model takes them (a tuple of them, if it takes
-            several), for the static scheme: from them it learns which range every value has. Some
+        calibration: for the static scheme: batches of inputs as the model takes them (a tuple of
+            them, if it takes several). From them it learns which range every value has. Some
             hundred images that are like those to come.
-        dtype: "int8"; for weights only also "float16" or "bfloat16".
+        dtype: "int8"; for weights only also "int4", "float16" or "bfloat16".
         per_channel: a scale for each output channel of a weight, else one for all.
-        scheme: "static": all in integers, ranges known beforehand (`static.py`). "weight_only":
-            only the linear layers' weights are narrow (`weight_only.py`), nothing is calibrated.
+        scheme: "static": all in integers, ranges known beforehand (`static.py`). "dynamic":
+            products of integers, ranges found when the values come; also for recurrent layers and
+            embeddings (`dynamic.py`). "weight_only": only the weights of linear and recurrent
+            layers and embeddings are narrow (`weight_only.py`). The last two need no calibration.
         observer: how ranges are chosen, of `observers.OBSERVERS`.
-        skip: names of layers that stay in float.
+        skip: dotted names of layers that stay in float.
         weight_bits: 2 to 8: fewer levels for weights (they are stored in 8 bits all the same).
+        group_size: of int4: how many weights of a row share a scale; None: all of them.
 
     Raises:
         ValueError: an unknown scheme, dtype or observer; no calibration batches; a layer without a
@@ -48,14 +53,16 @@ def quantize(
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r}: expected one of {', '.join(SCHEMES)}")
     if scheme == "weight_only":
-        return weight_only(model, dtype)
+        return weight_only(model, dtype, group_size=group_size, skip=skip)
     if dtype != "int8":
-        raise ValueError(f"the static scheme makes int8, not {dtype!r}: see scheme='weight_only'")
-    if observer not in OBSERVERS:
-        raise ValueError(f"observer {observer!r}: expected one of {', '.join(OBSERVERS)}")
+        raise ValueError(f"the {scheme} scheme makes int8, not {dtype!r}: see scheme='weight_only'")
     if not 2 <= weight_bits <= 8:
         raise ValueError(f"weight_bits is from 2 to 8, got {weight_bits}")
-    batches = list(calibration)
+    if scheme == "dynamic":
+        return dynamic(model, per_channel=per_channel, weight_bits=weight_bits, skip=skip)
+    if observer not in OBSERVERS:
+        raise ValueError(f"observer {observer!r}: expected one of {', '.join(OBSERVERS)}")
+    batches = list(calibration or ())
     if not batches:
         raise ValueError("there are no batches to calibrate with: give at least one")
     first = batches[0] if isinstance(batches[0], tuple | list) else (batches[0],)

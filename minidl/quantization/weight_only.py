@@ -1,25 +1,29 @@
-"""Weight-only quantization: weights of 16 or 8 bits, everything else in float32.
+"""Weight-only quantization: weights of 16, 8 or 4 bits, everything else in float32.
 
     y_j = s_j · Σ_k x_k q_jk + b_j,   q_jk = round(w_jk / s_j),   s_j = max_k |w_jk| / 127
 
 A product with few rows (one sentence, one image) reads every weight once and does little with it:
 it takes as long as the weights take to come from memory. Half the bytes, half the time. Nothing is
 calibrated, for the activations stay as they are; int8 is symmetric with a scale for each output
-channel (Krishnamoorthi 2018, section 2.2.2).
+channel (Krishnamoorthi 2018, section 2.2.2). Four bits are in `int4.py`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from minidl import nn
+from minidl.nn import functional as F
 from minidl.ops.quantized import linear_weight_only, pack_linear
+from minidl.quantization.int4 import Int4Embedding, Int4Linear
 from minidl.quantization.packed import Packed, takes_packed
+from minidl.quantization.recurrent import RECURRENT, Narrow
+from minidl.quantization.rounding import finite, int8_rows
 from minidl.tensor import Tensor
 
 DTYPES: dict[str, Any] = {
@@ -60,19 +64,13 @@ class WeightOnlyLinear(nn.Module):
         Raises:
             ValueError: another dtype; or a weight that is not finite, or too large for float16.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        device, scale = linear.weight.device, None
-        if dtype == "int8":
-            w, largest = finite(linear.weight)
-            s = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
-            s = np.maximum(s, np.finfo(np.float32).tiny)  # a row of subnormal numbers
-            q = np.rint(w / s[:, None]).astype(DTYPES[dtype])
-            weight, scale = Tensor(q).to(device), Tensor(s).to(device)
-        else:
-            weight = narrowed(linear.weight, DTYPES[dtype])
-        bias = None if linear.bias is None else Tensor(linear.bias.array.copy())
-        return cls(weight, scale, bias)
+        return cls.of(linear.weight, linear.bias, dtype)
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, dtype: str = "int8") -> WeightOnlyLinear:
+        """As `from_float`, from a float weight (out_features, in_features) and a bias."""
+        q, scale = narrow_rows(weight, dtype)
+        return cls(q, scale, None if bias is None else Tensor(bias.array.copy()))
 
     def forward(self, input: Tensor) -> Tensor:
         w: Any = self.weight
@@ -87,17 +85,43 @@ class WeightOnlyLinear(nn.Module):
         )
 
 
-def finite(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """A weight in float32, and the largest |w| of each row.
+class NarrowEmbedding(nn.Module):
+    """`nn.Embedding` with a narrow table, of which only the rows that are asked for widen.
 
-    Raises:
-        ValueError: a row is not finite.
+    Attributes:
+        weight: (num_embeddings, embedding_dim), float16, bfloat16 or int8; a buffer.
+        scale: (num_embeddings,), what one unit of an int8 row is worth; None for floats.
     """
-    w = weight.numpy().astype(np.float32)
-    largest = np.abs(w).max(axis=tuple(range(1, w.ndim)), initial=0)
-    if not np.isfinite(largest).all():
-        raise ValueError(f"row {int(np.argmin(np.isfinite(largest)))} of weight is not finite")
-    return w, largest
+
+    weight: Tensor
+    scale: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def from_float(cls, embedding: nn.Embedding, dtype: str = "int8") -> NarrowEmbedding:
+        """The same table in 8 or 16 bits; arguments and errors as `WeightOnlyLinear.from_float`."""
+        return cls(*narrow_rows(embedding.weight, dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = F.embedding(input, self.weight).float()
+        return rows if self.scale is None else rows * self.scale[input].unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.weight.dtype}"
+
+
+def narrow_rows(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """A weight in 8 or 16 bits, and the scale of each row if it is int8."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "int8":
+        return int8_rows(weight)
+    return narrowed(weight, DTYPES[dtype]), None
 
 
 def narrowed(weight: Tensor, dtype: Any) -> Tensor:
@@ -116,17 +140,23 @@ def narrowed(weight: Tensor, dtype: Any) -> Tensor:
 
 
 def replaced(
-    model: nn.Module, kinds: Collection[type], narrow: Callable[[Any], nn.Module]
+    model: nn.Module,
+    kinds: Collection[type],
+    narrow: Callable[[Any], nn.Module],
+    skip: Sequence[str] = (),
 ) -> nn.Module:
     """A copy of a model, in eval mode, with each layer of some types as `narrow` makes it.
 
+    Args:
+        skip: dotted names of layers that stay as they are, with all that is in them.
+
     Raises:
-        ValueError: there is none; or as `narrow`, with the layer's name.
+        ValueError: there is none; no such layer to skip; or as `narrow`, with the layer's name.
     """
     made: dict[nn.Module, nn.Module] = {}  # a layer that occurs twice stays one layer
 
     def new(name: str, layer: nn.Module) -> nn.Module:
-        if type(layer) not in kinds:
+        if type(layer) not in kinds or layer in kept:
             return layer
         if layer not in made:
             try:
@@ -136,7 +166,12 @@ def replaced(
                 raise
         return made[layer]
 
-    model = new("", copy.deepcopy(model))
+    copied = copy.deepcopy(model)
+    named = dict(copied.named_modules())
+    if unknown := [name for name in skip if name not in named]:
+        raise ValueError(f"skip: {type(model).__name__} has no layer {unknown[0]!r}")
+    kept = {layer for name in skip for layer in named[name].modules()}
+    model = new("", copied)
     for path, module in list(model.named_modules()):
         for name, child in list(vars(module).items()):
             if isinstance(child, nn.Module):
@@ -147,11 +182,52 @@ def replaced(
     return model.eval()
 
 
-def weight_only(model: nn.Module, dtype: str = "int8") -> nn.Module:
-    """A copy of a model, in eval mode, with every `nn.Linear` as a `WeightOnlyLinear`.
+def narrow_layers(
+    model: nn.Module, narrow: Narrow, embedding: Any, skip: Sequence[str]
+) -> nn.Module:
+    """A copy with narrow linear and recurrent layers and embeddings, the rest as it was."""
+
+    def change(layer: Any) -> nn.Module:
+        if type(layer) is nn.Linear:
+            return narrow(layer.weight, layer.bias)
+        if type(layer) is nn.Embedding:
+            return embedding(layer)
+        return RECURRENT[type(layer)].from_float(layer, narrow)
+
+    return replaced(model, (nn.Linear, nn.Embedding, *RECURRENT), change, skip)
+
+
+def weight_only(
+    model: nn.Module,
+    dtype: str = "int8",
+    *,
+    group_size: int | None = 32,
+    skip: Sequence[str] = (),
+) -> nn.Module:
+    """A copy of a model, in eval mode, whose linear and recurrent layers and embeddings have
+    narrow weights. Convolutions stay as they are: they do not wait for theirs.
+
+    Args:
+        dtype: "int8", "int4", "float16" or "bfloat16".
+        group_size: of int4: how many weights of a row share a scale; None: all of them.
+        skip: dotted names of layers that stay as they are.
 
     Raises:
-        ValueError: the model has no linear layer; or as `WeightOnlyLinear.from_float`, with the
-            layer's name.
+        ValueError: another dtype; the model has no such layer; no such layer to skip; a weight
+            that is not finite, or too large for float16 (with the layer's name).
     """
-    return replaced(model, (nn.Linear,), lambda layer: WeightOnlyLinear.from_float(layer, dtype))
+    if dtype == "int4":
+        return narrow_layers(
+            model,
+            lambda weight, bias: Int4Linear.of(weight, bias, group_size),
+            lambda layer: Int4Embedding.from_float(layer, group_size),
+            skip,
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of int4, {', '.join(DTYPES)}, got {dtype!r}")
+    return narrow_layers(
+        model,
+        lambda weight, bias: WeightOnlyLinear.of(weight, bias, dtype),
+        lambda layer: NarrowEmbedding.from_float(layer, dtype),
+        skip,
+    )

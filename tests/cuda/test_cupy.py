@@ -23,6 +23,7 @@ from minidl import autograd, backend, models, nn, optim, use
 from minidl.data import DataLoader, Digits
 from minidl.nn import functional as F
 from minidl.onnx import operators
+from minidl.quantization import quantize
 from minidl.tensor import Tensor
 from tests import registry as reg
 from tests import test_ops
@@ -249,6 +250,22 @@ def test_layer(case: Any) -> None:
         state = [*outputs, *layer.state_dict().values(), *(p.grad for p in layer.parameters())]
         found.append([None if t is None else t.cpu().numpy() for t in state])
     reg.assert_all_close(found[1], found[0], 3e-5)
+
+
+@pytest.mark.parametrize("how", [{"scheme": "dynamic"}, {"scheme": "weight_only"},
+                                 {"scheme": "weight_only", "dtype": "int4"}])  # fmt: skip
+@pytest.mark.parametrize("name", ["Linear-0", "Embedding-0", "LSTM-2", "GRU-1", "RNNCell-0"])
+def test_narrow_layers(name: str, how: dict[str, str]) -> None:
+    """Quantized on the CPU or on the GPU: the same layer, and the same results."""
+    (case,) = (case for case in LAYERS if case.name == name)
+    minidl.manual_seed(0)
+    layer = case.make(nn)
+    found = [flat(quantize(layer, None, **how)(*tensors(case, "cpu")))]
+    for small in (quantize(layer, None, **how).to("cuda"), quantize(layer.to("cuda"), None, **how)):
+        found.append(flat(small(*tensors(case, "cuda"))))
+        assert all(out.device.type == "cuda" for out in found[-1])
+    for other in found[1:]:
+        reg.assert_all_close([x.cpu().numpy() for x in other], [x.numpy() for x in found[0]], 3e-5)
 
 
 OPTIMIZERS = {

@@ -115,6 +115,43 @@ def _(x, w, scale, b):
     return y
 
 
+def bytes_by_loops(x):
+    """ONNX's DynamicQuantizeLinear, number by number."""
+    numbers = [0.0, *x.ravel().tolist()]
+    low, high = min(numbers), max(numbers)
+    scale = (high - low) / 255 or 1.0
+    zero = saturated(half_to_even(-low / scale), np.uint8)
+    q = [saturated(half_to_even(v / scale) + zero, np.uint8) for v in numbers[1:]]
+    return np.array(q, np.uint8).reshape(x.shape), scale, np.uint8(zero)
+
+
+@loops("linear_dynamic")
+def _(x, w, w_scale, b):
+    q, scale, zero = bytes_by_loops(x)
+    how = scale * w_scale, b, None, False
+    y = LOOPS["matmul_integer"](q.reshape(-1, q.shape[-1]), w.T, zero, None, *how)
+    return y.reshape(*x.shape[:-1], len(w))
+
+
+@loops("conv2d_dynamic")
+def _(x, w, w_scale, b, relu, **geometry):
+    q, scale, zero = bytes_by_loops(x)
+    return LOOPS["conv_integer"](q, w, zero, None, scale * w_scale, b, None, relu, **geometry)
+
+
+@loops("linear_int4")
+def _(x, w, scale, b, group_size):
+    y = np.zeros((*x.shape[:-1], len(w)))
+    for i in np.ndindex(y.shape):
+        for k in range(x.shape[-1]):
+            byte = int(w[i[-1], k // 2])
+            half = byte // 16 if k % 2 else byte % 16
+            q = half - 16 if half > 7 else half
+            y[i] += x[(*i[:-1], k)] * q * scale[i[-1], k // group_size]
+        y[i] += at(b, i[-1])
+    return y
+
+
 # PyTorch ----------------------------------------------------------------------------------
 
 
@@ -205,3 +242,40 @@ def _(x, w, scale, b):
     y = x @ w.to(x.dtype).T
     y = y if scale is None else y * scale
     return y if b is None else y + b
+
+
+def rounded_torch(x):
+    """What `dynamic_quantize_linear` makes of x, as the numbers that its bytes stand for."""
+    import torch
+
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / 255 if high > low else torch.ones(())
+    zero = torch.round(-low / scale)
+    return ((torch.round(x / scale) + zero).clamp(0, 255) - zero) * scale
+
+
+@pytorch("linear_dynamic")
+def _(x, w, w_scale, b):
+    import torch
+
+    w = w.double() * w_scale[:, None]
+    return torch.nn.functional.linear(rounded_torch(x), w, b)
+
+
+@pytorch("conv2d_dynamic")
+def _(x, w, w_scale, b, relu, **geometry):
+    import torch
+
+    w = w.double() * w_scale[:, None, None, None]
+    y = torch.nn.functional.conv2d(rounded_torch(x), w, b, **geometry)
+    return y.clamp(min=0) if relu else y
+
+
+@pytorch("linear_int4")
+def _(x, w, scale, b, group_size):
+    import torch
+
+    halves = torch.stack([w % 16, w // 16], -1).flatten(1)[:, : x.shape[-1]].to(x.dtype)
+    q = torch.where(halves > 7, halves - 16, halves)
+    w = q * scale.repeat_interleave(group_size, 1)[:, : x.shape[-1]]
+    return torch.nn.functional.linear(x, w, b)
