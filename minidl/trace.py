@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,13 @@ class Step:
         """The values that it reads."""
         return (x for x in self.inputs if isinstance(x, Ref))
 
+    @cached_property
+    def varies(self) -> bool:
+        """Whether a setting depends on the batch size."""
+        found: list[Any] = []
+        nested(self.settings, lambda x: found.append(x) if isinstance(x, PerSample) else None)
+        return bool(found)
+
 
 @dataclass
 class Graph:
@@ -87,29 +95,37 @@ class Graph:
     output: Any
     constants: dict[Ref, Tensor]
     names: dict[Ref, str] = field(default_factory=dict)
+    last: tuple[Any, dict[int, list[Ref]]] = field(default=(None, {}), init=False, repr=False)
 
     def __call__(self, *inputs: Tensor) -> Any:
         return self.run(inputs)
 
-    def run(self, inputs: Any, watch: Callable[[Step, list[Any], Any], Any] | None = None) -> Any:
+    def run(
+        self,
+        inputs: Any,
+        watch: Callable[[Step, list[Any], Any], Any] | None = None,
+        constants: dict[Ref, Any] | None = None,
+    ) -> Any:
         """Compute.
 
         Args:
             inputs: as the model takes them; any batch size.
             watch: called after each step with (step, its inputs, its output); what it returns, if
                 it is not None, replaces the output.
+            constants: in place of the graph's: weights in another form (packed).
 
         Raises:
             ValueError: another number of inputs than were traced.
         """
         if len(inputs) != len(self.inputs):
             raise ValueError(f"expected {len(self.inputs)} inputs, got {len(inputs)}")
-        values: dict[Ref, Any] = {**self.constants, **dict(zip(self.inputs, inputs))}
+        values: dict[Ref, Any] = {**(constants or self.constants), **dict(zip(self.inputs, inputs))}
         done = self.last_uses()
         n = len(inputs[0])
         for i, step in enumerate(self.steps):
             given = [values[x] if isinstance(x, Ref) else x for x in step.inputs]
-            y = registry[step.op](*given, **resolve(step.settings, n))
+            settings = resolve(step.settings, n) if step.varies else step.settings
+            y = registry[step.op](*given, **settings)
             changed = None if watch is None else watch(step, given, y)
             values[step.output] = y if changed is None else changed
             for ref in done.get(i, ()):
@@ -117,7 +133,9 @@ class Graph:
         return nested(self.output, lambda x: values[x] if isinstance(x, Ref) else x)
 
     def last_uses(self) -> dict[int, list[Ref]]:
-        """What can be forgotten after each step."""
+        """What can be forgotten after each step: found once, and again when the steps changed."""
+        if self.last[0] == (self.steps, self.output):
+            return self.last[1]
         last: dict[Ref, int] = {}
         for i, step in enumerate(self.steps):
             last[step.output] = i
@@ -127,6 +145,7 @@ class Graph:
         done: dict[int, list[Ref]] = {}
         for ref, i in last.items():
             done.setdefault(i, []).append(ref)
+        self.last = ([*self.steps], self.output), done
         return done
 
     def users(self, ref: Ref) -> list[Step]:

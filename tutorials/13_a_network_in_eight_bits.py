@@ -212,9 +212,8 @@ print(minidl.source(fake_quantize))
 rounded = quantize(model, [some], weight_bits=2)
 aware = train(prepare_qat(model, bits=2, learned=True), 6, 1e-3)
 low = convert(aware.eval())
-print(
-    f"weights of 2 bits: {accuracy(rounded):.1%} rounded after training, {accuracy(low):.1%} trained for it"
-)
+print(f"weights of 2 bits: {accuracy(rounded):.1%} rounded after training")
+print(f"                   {accuracy(low):.1%} trained for it")
 assert accuracy(low) > accuracy(rounded) + 0.05
 
 # %% [markdown]

@@ -103,10 +103,16 @@ template <class T>
 using Plain = py::array_t<T, py::array::c_style>;
 
 // The array itself if it is C-contiguous and aligned, else a copy that is.
+inline py::array plain(const py::array& a) {
+  constexpr int wanted =
+      py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  if ((a.flags() & wanted) == wanted) return a;
+  return py::module_::import("numpy").attr("require")(a, py::none(), "CA");
+}
+
 template <class T>
 py::array_t<T, py::array::c_style> contiguous(const py::array& a) {
-  auto out = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(
-      py::module_::import("numpy").attr("require")(a, py::none(), "CA"));
+  auto out = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(plain(a));
   if (!out) throw py::error_already_set();
   return out;
 }

@@ -348,7 +348,7 @@ Matrix<E> stored(const py::array& w, py::array& keep) {
   constexpr Index size = sizeof(E);
   const bool fits = w.strides(0) % size == 0 && w.strides(1) % size == 0 &&
                     reinterpret_cast<std::uintptr_t>(w.data()) % alignof(E) == 0;
-  keep = fits ? w : py::array(py::module_::import("numpy").attr("require")(w, py::none(), "CA"));
+  keep = fits ? w : plain(w);
   return {static_cast<const E*>(keep.data()), keep.strides(0) / size, keep.strides(1) / size};
 }
 

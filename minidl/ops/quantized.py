@@ -75,8 +75,12 @@ def dequantize_linear(q, scale, zero_point, *, axis=1):
 # Integer products -------------------------------------------------------------------------
 
 
+def is_bytes(x: Any) -> bool:
+    return x.dtype.itemsize == 1 and x.dtype.kind in "iu"
+
+
 def expect_bytes(name: str, x: Any) -> None:
-    if x.dtype.name not in ("int8", "uint8"):
+    if not is_bytes(x):
         raise TypeError(f"{name} must be int8 or uint8, got {x.dtype}")
 
 
@@ -299,7 +303,8 @@ def finishing(channels: int, scale: Any, bias: Any, zero_point: Any, relu: bool)
         whole = bias.dtype.kind == "i"
         how["bias" if whole else "offset"] = bias.astype(np.int32 if whole else np.float32)
     if scale is not None:
-        how["scale"] = np.broadcast_to(scale.reshape(-1), channels).copy()
+        scale = scale.reshape(-1)
+        how["scale"] = scale if len(scale) == channels else scale.repeat(channels)
     if zero_point is not None:
         how["dtype"], how["zero_point"] = zero_point.dtype.name, int(zero_point)
     return how
@@ -308,7 +313,7 @@ def finishing(channels: int, scale: Any, bias: Any, zero_point: Any, relu: bool)
 def is_native(scale: Any, bias: Any, zero_point: Any, *arrays: Any) -> bool:
     """Whether the native kernel takes this call; the formula has the words if it is wrong."""
     return (
-        all(is_packed(x) or (x.dtype.name in ("int8", "uint8") and x.size) for x in arrays)
+        all(is_packed(x) or (is_bytes(x) and x.size) for x in arrays)
         and (scale is None or scale.dtype.name == "float32")
         and (zero_point is None or scale is not None)
         and (bias is None or bias.dtype.kind == "i" or (scale is not None and zero_point is None))

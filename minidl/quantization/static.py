@@ -372,7 +372,6 @@ class Quantized(nn.Module):
         constants: dict[Ref, Any] = {
             ref: getattr(self, f"c{ref.number}") for ref in self.graph.constants
         }
-        graph = replace(self.graph, constants=constants)
         for step in self.graph.steps:
             if step.op == "conv_integer" and takes_packed(conv_integer, inputs[0]):
                 pack: Any = lambda w, groups=step.settings["groups"]: pack_conv_integer(  # noqa: E731
@@ -385,7 +384,7 @@ class Quantized(nn.Module):
             ref = step.inputs[1]
             constants[ref] = self.packed.setdefault(ref, Packed()).of(constants[ref], pack)
         with minidl.no_grad():
-            return graph.run(inputs)
+            return self.graph.run(inputs, constants=constants)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write list and constants as safetensors."""
