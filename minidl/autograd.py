@@ -68,9 +68,10 @@ tick = itertools.count(1).__next__  # numbers nodes and in-place writes in one o
 
 
 class Mode(threading.local):
-    """Whether ops are recorded; each thread has its own."""
+    """Whether ops are recorded, and what follows the walk under way; each thread has its own."""
 
     enabled = True
+    afterwards: list[Callable[[], None]] | None = None
 
 
 mode = Mode()
@@ -269,6 +270,7 @@ def walk(
                 found[leaf] = g
 
     recording, mode.enabled = mode.enabled, create_graph
+    outer, mode.afterwards = mode.afterwards, []
     try:
         for leaf in [leaf for leaf, n in uses.items() if n == 0]:
             complete(leaf)
@@ -315,9 +317,19 @@ def walk(
                     complete(edge)
             if not retain_graph:
                 node.saved, node.edges = None, ()
+        afterwards = mode.afterwards
     finally:
-        mode.enabled = recording
+        mode.enabled, mode.afterwards = recording, outer
+    for callback in afterwards:
+        callback()
     return found
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call back at the end of the walk under way, unless it fails: for hooks that it runs."""
+    if mode.afterwards is None:
+        raise RuntimeError("after_backward is for hooks: no backward pass is under way")
+    mode.afterwards.append(callback)
 
 
 def first_gradient(output: Tensor, gradient: Any, create_graph: bool) -> Any:
@@ -410,9 +422,17 @@ def call_hooks(edge: Any, g: Any) -> Any:
 
 
 def accumulate(leaf: Tensor, g: Any) -> None:
-    """Add a complete gradient to a leaf's `.grad`."""
+    """Give a complete gradient to whoever has claimed the leaf's, or else to `.grad`."""
     if g.dtype != leaf.dtype:
         g = g.astype(leaf.dtype)
+    if leaf.hooks and leaf.hooks.get("claim"):
+        leaf.hooks["claim"][-1](g)
+    else:
+        add_to_grad(leaf, g)
+
+
+def add_to_grad(leaf: Tensor, g: Any) -> None:
+    """Add a gradient of the leaf's dtype to its `.grad`, and run the hooks that wait for it."""
     if leaf.grad is None:
         leaf.grad = g if isinstance(g, Tensor) else Tensor(g)
     elif isinstance(g, Tensor) or leaf.grad.requires_grad:

@@ -32,7 +32,8 @@ class Tensor(Methods):
         array: the bare NumPy or CuPy array.
         grad: after `backward`, the gradient with respect to this leaf, a Tensor; else None.
         node: the step on the tape that made this tensor; None for a leaf.
-        hooks: a leaf's hooks, by kind; None: there are none.
+        hooks: a leaf's hooks, by kind; None: there are none. ("claim": what takes its gradients in
+            place of `.grad`, such as `distributed.DataParallel`.)
     """
 
     __slots__ = ("__weakref__", "_requires_grad", "array", "grad", "hooks", "node")

@@ -863,3 +863,35 @@ def test_a_write_between_a_cast_and_its_backward():
     minidl.zeros(2).add_(1)
     y.sum().backward()
     assert x.grad.dtype == np.float64 and x.grad.numpy().tolist() == [1, 1, 1]
+
+
+def test_after_backward():
+    from minidl.autograd import after_backward
+
+    x = minidl.tensor([1.0, 2.0], requires_grad=True)
+    order = []
+
+    def hook(name):
+        def note(g):
+            order.append(name)
+            after_backward(lambda: order.append(f"after {name}"))
+            if name == "z" and fails:
+                raise ZeroDivisionError
+
+        return note
+
+    for fails in (False, True):
+        y = x * 2
+        z = y.exp()
+        y.register_hook(hook("y"))
+        z.register_hook(hook("z"))
+        order.clear()
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                z.sum().backward()
+            assert order == ["z"]
+        else:
+            z.sum().backward()
+            assert order == ["z", "y", "after z", "after y"]
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        after_backward(print)

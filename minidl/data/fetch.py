@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from minidl.data.collate import default_collate, default_convert
+from minidl.data.collate import default_collate, default_convert, map_tensors
 from minidl.data.dataset import batch_getter
 from minidl.data.randomness import COLLATE, loading
 
@@ -17,7 +17,12 @@ def fetch(dataset: Any, indices: Sequence[int], collate: Collate, seed: int, epo
 
     At once where the dataset can (`Dataset.get_batch`, or PyTorch's `__getitems__`), else sample
     by sample. An exception carries a note that says which sample it was.
+
+    No indices, no samples (a rank's share of a small batch): arrays of length 0, with the shapes
+    that the first sample has.
     """
+    if not len(indices):
+        return map_tensors(lambda x: x[:0], fetch(dataset, [0], collate, seed, epoch))
     if collate is default_collate and (get_batch := batch_getter(dataset)):
         with loading(seed, epoch, indices), noting(f"the batch of samples {list(indices)[:8]}..."):
             batch = get_batch(indices)

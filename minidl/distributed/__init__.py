@@ -7,8 +7,10 @@
 
 A script runs unchanged alone, under mpirun, and as threads (`dist.simulate`). From top to bottom:
 `communicator.py` (what ranks say to one another), `simulation.py` and `mpi.py` (over which engine),
-`aggregation.py` (sums over ranks, written out), `schedules.py`, `timeline.py`, `pipeline.py`
-(layers split over ranks), `tensor_parallel.py` (one layer split), `mesh.py` (all of it together).
+`aggregation.py` (sums over ranks, written out), `data_parallel.py` (a part of the batch for each
+rank; with it `sampler.py`, `sync_batch_norm.py`, `zero.py`), `schedules.py`, `timeline.py`,
+`pipeline.py` (layers split over ranks), `tensor_parallel.py` (one layer split), `mesh.py` (all of
+it together).
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import importlib.util
 import os
 
 from minidl.distributed.communicator import CommunicationError, Communicator, Work
+from minidl.distributed.data_parallel import DataParallel
 from minidl.distributed.mesh import Mesh, init_mesh
 from minidl.distributed.pipeline import Pipeline, split_sequential
+from minidl.distributed.sampler import DistributedBatchSampler, DistributedSampler
 from minidl.distributed.simulation import (
     Message,
     SimulatedCommunicator,
@@ -26,6 +30,7 @@ from minidl.distributed.simulation import (
     here,
     simulate,
 )
+from minidl.distributed.sync_batch_norm import SyncBatchNorm
 from minidl.distributed.tensor_parallel import (
     ColumnParallelConv2d,
     ColumnParallelLinear,
@@ -35,12 +40,14 @@ from minidl.distributed.tensor_parallel import (
     full_state_dict,
     load_full_state_dict,
 )
+from minidl.distributed.zero import ZeroRedundancyOptimizer
 
 __all__ = [
-    "ColumnParallelConv2d", "ColumnParallelLinear", "CommunicationError", "Communicator", "Mesh",
-    "Message", "Pipeline", "RowParallelConv2d", "RowParallelLinear", "VocabParallelEmbedding",
-    "Work", "communicator", "full_state_dict", "init", "init_mesh", "load_full_state_dict", "rank",
-    "simulate", "split_sequential", "world_size",
+    "ColumnParallelConv2d", "ColumnParallelLinear", "CommunicationError", "Communicator",
+    "DataParallel", "DistributedBatchSampler", "DistributedSampler", "Mesh", "Message", "Pipeline",
+    "RowParallelConv2d", "RowParallelLinear", "SyncBatchNorm", "VocabParallelEmbedding", "Work",
+    "ZeroRedundancyOptimizer", "communicator", "full_state_dict", "init", "init_mesh",
+    "load_full_state_dict", "rank", "simulate", "split_sequential", "world_size",
 ]  # fmt: skip
 
 # How many ranks there are: Open MPI; MPICH and Intel MPI; MVAPICH; Slurm's srun.

@@ -76,14 +76,19 @@ class BatchNorm(Module):
             dims = " or ".join(f"{d}-D" for d in self.dims)
             raise ValueError(f"{type(self).__name__} takes {dims} input, got shape {input.shape}")
 
+    def count_batch(self) -> float:
+        """Note that a batch was seen; how far its statistics move the running ones."""
+        self.num_batches_tracked.array += 1
+        written(self.num_batches_tracked.array)
+        if self.momentum is None:
+            return float(1 / self.num_batches_tracked.item())
+        return self.momentum
+
     def forward(self, input: Tensor) -> Tensor:
         self.check(input)
         momentum = self.momentum
         if self.training and self.track_running_stats:
-            self.num_batches_tracked.array += 1
-            written(self.num_batches_tracked.array)
-            if momentum is None:
-                momentum = 1 / self.num_batches_tracked.item()
+            momentum = self.count_batch()
         return F.batch_norm(
             input,
             self.running_mean,

@@ -1,5 +1,5 @@
-"""Oracles of the ops in `minidl.distributed.tensor_parallel`. The samples have one rank, for which
-each of them is the identity; tests/test_distributed_tensor.py has several."""
+"""Oracles of the ops in `minidl.distributed`. The samples have one rank, for which each of them is
+the identity; tests/test_distributed_tensor.py and ..._data_parallel.py have several."""
 
 import numpy as np
 
@@ -29,4 +29,17 @@ def _(x, *, communicator):
 
 @pytorch("scatter_to_ranks", "gather_from_ranks")
 def _(x, *, dim, communicator):
+    return x.clone()
+
+
+@loops("sum_over_ranks")
+def _(x, *, samples, communicator):
+    y = np.zeros(x.shape)
+    for at in np.ndindex(*x.shape):
+        y[at] = x[at]
+    return y
+
+
+@pytorch("sum_over_ranks")
+def _(x, *, samples, communicator):
     return x.clone()
