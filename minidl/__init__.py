@@ -54,6 +54,7 @@ from minidl.ops.methods import cat, stack
 from minidl.recompute import checkpoint
 from minidl.tensor import (
     Tensor,
+    bfloat16,
     bool_,
     float16,
     float32,
@@ -68,7 +69,8 @@ from minidl.tensor import (
 )
 
 if TYPE_CHECKING:
-    from minidl import accelerator, backends, cuda, data, models, nn, optim, utils
+    from minidl import accelerator, amp, backends, cuda, data, models, nn, optim, utils
+    from minidl.amp import autocast
     from minidl.serialization import load, save
 
     __version__: str
@@ -181,14 +183,17 @@ __all__ = [
     "allclose",
     "amax",
     "amin",
+    "amp",
     "any",
     "arange",
     "argmax",
     "argmin",
     "argsort",
     "as_tensor",
+    "autocast",
     "autograd",
     "backends",
+    "bfloat16",
     "bmm",
     "bool",
     "bool_",
@@ -341,6 +346,8 @@ __all__ = [
     "zeros_like",
 ]
 
+LAZY = {"autocast": "minidl.amp", "load": "minidl.serialization", "save": "minidl.serialization"}
+
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module, util
@@ -349,8 +356,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("minidl")
-    elif name in ("load", "save"):
-        value = getattr(import_module("minidl.serialization"), name)
+    elif name in LAZY:
+        value = getattr(import_module(LAZY[name]), name)
     elif not name.startswith("_") and util.find_spec(f"minidl.{name}"):
         return import_module(f"minidl.{name}")
     else:

@@ -68,10 +68,12 @@ tick = itertools.count(1).__next__  # numbers nodes and in-place writes in one o
 
 
 class Mode(threading.local):
-    """Whether ops are recorded, and what follows the walk under way; each thread has its own."""
+    """Whether ops are recorded, what follows the walk under way, and the blocks of `amp` around;
+    each thread has its own."""
 
     enabled = True
     afterwards: list[Callable[[], None]] | None = None
+    autocast: tuple[Any, ...] = ()  # the innermost last
 
 
 mode = Mode()
@@ -392,6 +394,8 @@ def on_the_way(nodes: list[Node], targets: Sequence[Any]) -> set[Any]:
 
 def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
     """Sum a gradient over the axes along which its input, of a given shape, was broadcast."""
+    if g.dtype.itemsize == 2:  # sums are kept in float32
+        return unbroadcast(g.astype(np.float32), shape).astype(g.dtype)
     added = g.ndim - len(shape)
     stretched = [i + added for i, n in enumerate(shape) if n == 1 and g.shape[i + added] != 1]
     axes = (*range(added), *stretched)

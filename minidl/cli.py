@@ -211,6 +211,13 @@ def train(
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Clip the norm of the gradient.", show_default="no")
     ] = None,
+    amp: Annotated[
+        str | None,
+        typer.Option(
+            help="Mixed precision: float16 or bfloat16. To see what it does: a CPU gets slower.",
+            show_default="no",
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Annotated[
         str, typer.Option(help="cpu, cuda or cuda:N; with cuda, each rank takes a GPU of its own.")
@@ -279,7 +286,7 @@ def train(
     with Live(screen, epochs, len(train_loader)) as live:
         log = train(
             network, train_loader, test_loader, optimizer_, scheduler_,
-            epochs=epochs, out=out, max_grad_norm=max_grad_norm, resume=resume,
+            epochs=epochs, out=out, max_grad_norm=max_grad_norm, amp=amp, resume=resume,
             loss_function=nn.CrossEntropyLoss(label_smoothing=label_smoothing),
             overwrite=overwrite, config=config, checkpoint_seconds=checkpoint_seconds,
             on_step=live.step, on_epoch=live.epoch,

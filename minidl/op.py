@@ -221,6 +221,8 @@ class OpFunction(Protocol):
 
 registry: dict[str, OpFunction] = {}
 
+# Called with each op and its inputs before it runs, when set; returns its inputs (`amp` casts them).
+before_call: Callable[[Op, tuple[Any, ...]], tuple[Any, ...]] | None = None
 # Called with each new node when set; `explain` uses it to note the user's source line.
 on_record: Callable[[Node], None] | None = None
 # Called with each op on Tensors that ran, when set: the op, its inputs, its settings, the result.
@@ -261,6 +263,8 @@ def make_op(formula: Formula, constant: bool) -> OpFunction:
     picks: list[Callable[[Any, list[Any]], Any]] = []  # what the tape keeps of a call
 
     def call(*inputs: Any, **kwargs: Any) -> Any:
+        if before_call is not None:
+            inputs = before_call(this, inputs)
         arrays: list[Any] = []
         edges: list[Any] = []  # where the gradient of each input goes: a Node, a leaf, or None
         traced = wanted = scalars = False

@@ -8,6 +8,7 @@ first of these nodes, the function runs again, and what its new nodes saved serv
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ class Segment:
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self.function, self.args = function, args
         self.calls = default_generator.state_dict()
+        self.autocast = mode.autocast[-1] if mode.autocast else nullcontext()
         self.saved: list[Any] | None = None
         self.start = tick()
         self.output = function(*args)
@@ -50,7 +52,7 @@ class Segment:
             default_generator.load_state_dict(self.calls)
             start = tick()
             try:
-                with enable_grad():
+                with enable_grad(), self.autocast:
                     nodes = nodes_since(start, self.function(*self.args))
             finally:
                 default_generator.load_state_dict(now)

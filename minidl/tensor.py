@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from minidl import backend
@@ -18,6 +19,7 @@ else:
     Methods = object  # its functions are attached by minidl.ops, which builds on this file
 
 float16, float32, float64 = np.dtype("float16"), np.dtype("float32"), np.dtype("float64")
+bfloat16 = np.dtype(ml_dtypes.bfloat16)  # its kind is "V", floats' is "f"
 int8, int16, int32 = np.dtype("int8"), np.dtype("int16"), np.dtype("int32")
 int64, uint8, bool_ = np.dtype("int64"), np.dtype("uint8"), np.dtype("bool")
 
@@ -86,7 +88,7 @@ class Tensor(Methods):
                     f"{self.node.op.name}: use x.detach()"
                 )
             return
-        if value and self.array.dtype.kind != "f":
+        if value and not self.is_floating_point():
             raise RuntimeError(f"only floating tensors have gradients, this one is {self.dtype}")
         self._requires_grad = bool(value)
 
@@ -140,7 +142,7 @@ class Tensor(Methods):
         return self.array.itemsize
 
     def is_floating_point(self) -> bool:
-        return self.array.dtype.kind == "f"
+        return self.array.dtype.kind in "fV"
 
     def is_contiguous(self) -> bool:
         return self.array.flags.c_contiguous

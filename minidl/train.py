@@ -33,6 +33,7 @@ import numpy as np
 
 import minidl
 from minidl import nn
+from minidl.amp import GradScaler, autocast
 from minidl.backend import random
 from minidl.nn import functional as F
 from minidl.serialization import atomic_path
@@ -101,6 +102,7 @@ def train(
     out: str | os.PathLike[str],
     loss_function: Loss = F.cross_entropy,
     max_grad_norm: float | None = None,
+    amp: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     config: dict[str, Any] | None = None,
@@ -119,6 +121,7 @@ def train(
         epochs: in all, also where the run is resumed.
         loss_function: of (logits, labels): the mean over the batch.
         max_grad_norm: clip the norm of the gradient to this.
+        amp: "float16" or "bfloat16": mixed precision while training, see `minidl.amp`.
         resume: go on where the run in `out` stopped; with no run there, start one.
         overwrite: start anew though there is a run in `out`, which is deleted.
         config: whatever describes the run (numbers, strings): kept in the checkpoints, and
@@ -137,9 +140,11 @@ def train(
         Interrupted: by Ctrl-C or SIGTERM (a `KeyboardInterrupt`); there is a checkpoint.
     """
     folder = Path(out)
-    config = {**describe(model, train_loader, test_loader, optimizer, scheduler), **(config or {})}
+    config = {**describe(model, train_loader, test_loader, optimizer, scheduler), "amp": amp,
+              **(config or {})}  # fmt: skip
     device = next(iter(model.parameters())).device
     progress = Progress()
+    scaler = GradScaler(enabled=amp == "float16")  # bfloat16 reaches as far down as float32
 
     def checkpoint(*names: str) -> None:
         check_weights(model, progress)
@@ -149,6 +154,7 @@ def train(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict() if scheduler else {},
+            "scaler": scaler.state_dict(),
             "random": random.default_generator.state_dict(),
             "loader": train_loader.state_dict(),
         }
@@ -163,6 +169,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         if scheduler:
             scheduler.load_state_dict(state["scheduler"])
+        scaler.load_state_dict(state.get("scaler", {}))
         random.default_generator.load_state_dict(state["random"])
         train_loader.load_state_dict(state["loader"])
         progress = Progress(**state["progress"])
@@ -178,15 +185,18 @@ def train(
             started = saved = time.perf_counter()
             for images, labels in train_loader:
                 images, labels = images.to(device), labels.to(device)
-                loss = loss_function(model(images), labels)
+                with autocast(dtype=amp or "float16", enabled=amp is not None):
+                    loss = loss_function(model(images), labels)
                 value = loss.item()
                 check_loss(value, progress, optimizer)
 
                 optimizer.zero_grad()
-                loss.backward()
+                scaler.scale(loss).backward()
                 if max_grad_norm is not None:
+                    scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 lr = learning_rate(optimizer)
                 if scheduler:
                     scheduler.step()

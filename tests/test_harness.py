@@ -2,7 +2,7 @@
 
 Every mutation is derived too: for every sample of every op, each gradient is scaled by 1.001 or
 replaced by zero, each argument of each gradient rule is taken as a constant in the second
-derivative, and each kernel is scaled by 1.001.
+derivative, and each kernel is scaled by 1.001 (of 16 bits: by a little more than their rounding).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import pytest
 
 from minidl import autograd
 from minidl.op import op, registry, sample
-from minidl.tensor import Tensor
+from minidl.tensor import Tensor, bfloat16
 from tests import oracles, test_ops
 from tests import registry as reg
 from tests.registry import Case, every_differentiable_case
+
+FACTORS = {"float16": np.float16(1.02), "bfloat16": bfloat16.type(1.1)}  # instead of 1.001
 
 
 @contextmanager
@@ -80,8 +82,11 @@ def test_a_wrong_kernel_is_caught(name: str) -> None:
     for kernel in this.kernels:
         if kernel.missing or kernel.device != "cpu":
             continue
-        wrong = replace(kernel, function=lambda *x, k=kernel, **s: k.function(*x, **s) * 1.001)
-        for dtype in set(kernel.dtypes or ("float32", "float64")) - {"float16"}:
+        for dtype in kernel.dtypes or ("float32", "float64"):
+            factor = FACTORS.get(dtype, 1.001)
+            wrong = replace(
+                kernel, function=lambda *x, k=kernel, f=factor, **s: k.function(*x, **s) * f
+            )
             caught = 0
             with reg.replaced(this, kernels=[replace(wrong, dtypes=(dtype,))]):
                 for case in reg.CASES.values():
@@ -90,7 +95,7 @@ def test_a_wrong_kernel_is_caught(name: str) -> None:
                             test_ops.test_kernels(case)
                         except AssertionError:
                             caught += 1
-            assert caught, f"{name}: kernel {kernel.name!r} times 1.001"
+            assert caught, f"{name}: kernel {kernel.name!r} times {factor}"
 
 
 @pytest.mark.parametrize("name", [name for name, f in reg.OPS.items() if f.op.gradient_kernels])
@@ -98,9 +103,12 @@ def test_a_wrong_gradient_kernel_is_caught(name: str) -> None:
     """For each kernel and each input, some sample tells the gradient times 1.001 from the right."""
     this = reg.OPS[name].op
     cases = [case for case in reg.DIFFERENTIABLE.values() if case.op is this]
-    for kernel, _ in reg.gradient_kernels(this):
+    for kernel, dtype in reg.gradient_kernels(this):
+        factor = FACTORS.get(dtype, 1.001)
         for i in set().union(*(case.floats for case in cases)):
-            wrong = replace(kernel, function=reg.scaled(kernel.function, i, 1.001))
+            wrong = replace(
+                kernel, function=reg.scaled(kernel.function, i, factor), dtypes=(dtype,)
+            )
             with reg.replaced(this, gradient_kernels=[wrong]):
                 caught = 0
                 for case in cases:
@@ -108,7 +116,7 @@ def test_a_wrong_gradient_kernel_is_caught(name: str) -> None:
                         test_ops.test_gradient_kernels(case)
                     except AssertionError:
                         caught += 1
-            assert caught, f"{name}: input {i} of gradient kernel {kernel.name!r} times 1.001"
+            assert caught, f"{name}: input {i} of gradient kernel {kernel.name!r} times {factor}"
 
 
 def test_empty_inputs_are_tried() -> None:

@@ -34,7 +34,9 @@ from tests.registry import (
 # Bounds, in units of max |expected|. The samples are small, so rounding stays at a few hundred ulp
 # at most; a factor of 1.001 is far outside (see test_harness).
 EXACT = 1e-12  # float64, the same numbers added in another order
-OF_KERNELS = {"float64": EXACT, "float32": 64 * 2.0**-23, "float16": 4 * 2.0**-10}
+OF_KERNELS = {
+    "float64": EXACT, "float32": 64 * 2.0**-23, "float16": 4 * 2.0**-10, "bfloat16": 4 * 2.0**-7,
+}  # fmt: skip
 
 
 @every_op
@@ -230,7 +232,7 @@ def test_kernels(case: Case) -> None:
         expected = case.op.formula(*call.cast("float64").inputs, **kwargs)
         for layout in (np.copy, reg.read_only, *reg.LAYOUTS):
             actual = np.asarray(kernel.function(*call.map(layout).inputs, **kwargs))
-            if actual.dtype.kind == "f":
+            if actual.dtype.kind in "fV":
                 assert actual.dtype == dtype
             reg.assert_close(actual, expected, OF_KERNELS.get(dtype, EXACT))
 

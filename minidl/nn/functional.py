@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from minidl import backend
+from minidl.autograd import mode
 from minidl.backend import random
 from minidl.ops import conv, elementwise, linalg, loss, pool, reduce, shape
 from minidl.ops import dropout as dropout_op
@@ -72,7 +73,7 @@ def with_batch(name: str, input: Tensor, ndim: int, what: str) -> tuple[Tensor, 
 
 
 def check_alike(name: str, input: Tensor, **others: Any) -> None:
-    """All of one dtype and on one device: nothing is converted silently.
+    """All of one dtype and on one device: nothing is converted silently, but by autocast.
 
     Raises:
         TypeError: which is not, and what to do.
@@ -80,7 +81,8 @@ def check_alike(name: str, input: Tensor, **others: Any) -> None:
     for other, x in others.items():
         if x is None:
             continue
-        if x.dtype != input.dtype:
+        by_autocast = mode.autocast and max(x.dtype.itemsize, input.dtype.itemsize) <= 4
+        if x.dtype != input.dtype and not by_autocast:
             raise TypeError(
                 f"{name}: input is {input.dtype}, {other} is {x.dtype}; convert one of them, "
                 f"input.to({other}.dtype)"

@@ -9,6 +9,7 @@ from minidl.ops import (
     dropout,
     elementwise,
     embedding,
+    half,
     linalg,
     loss,
     methods,
@@ -23,6 +24,6 @@ from minidl.ops import (
 )
 
 __all__ = [
-    "conv", "cuda", "dropout", "elementwise", "embedding", "linalg", "loss", "methods", "norm",
-    "pool", "quantized", "reduce", "rnn", "shape", "softmax", "warp",
+    "conv", "cuda", "dropout", "elementwise", "embedding", "half", "linalg", "loss", "methods",
+    "norm", "pool", "quantized", "reduce", "rnn", "shape", "softmax", "warp",
 ]  # fmt: skip

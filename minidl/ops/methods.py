@@ -542,7 +542,7 @@ class Methods:
         dtype = np.dtype(dtype)
         if dtype == self.dtype:
             return self  # type: ignore[return-value]
-        if dtype.kind != "f":  # only floating tensors have gradients
+        if dtype.kind not in "fV":  # only floating tensors have gradients
             return Tensor(self.array.astype(dtype))
         return elementwise.astype(self, dtype=dtype)
 

@@ -20,6 +20,8 @@ Statistics = tuple[Any, Any]
 
 def statistics_of(x: Any, dim: tuple[int, ...]) -> Statistics:
     """Mean and variance (the sum of squares over n, not n - 1) of an array; dim keeps length 1."""
+    if x.dtype.itemsize == 2:  # squares of 16-bit numbers need more
+        x = x.astype(np.float32)
     if type(x) is np.ndarray and standardize.op.select("cpu", x.dtype.name)[0] == "native":
         found = native.statistics(x, positions(x, dim))  # type: ignore[union-attr]
         if found is not None:
