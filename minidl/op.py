@@ -221,7 +221,7 @@ class OpFunction(Protocol):
 
 registry: dict[str, OpFunction] = {}
 
-# Called with each op and its inputs before it runs, when set; returns its inputs (`amp` casts them).
+# Called with each op and its inputs before it runs, when set: returns the inputs (`amp` casts).
 before_call: Callable[[Op, tuple[Any, ...]], tuple[Any, ...]] | None = None
 # Called with each new node when set; `explain` uses it to note the user's source line.
 on_record: Callable[[Node], None] | None = None
