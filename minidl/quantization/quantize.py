@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minidl import nn
+from minidl.quantization.bias_correction import correct_biases
 from minidl.quantization.dynamic import dynamic
+from minidl.quantization.equalize import equalize as equalized
 from minidl.quantization.observers import OBSERVERS
 from minidl.quantization.static import Lowering, Quantized, calibrate, fold
 from minidl.quantization.weight_only import weight_only
@@ -26,6 +28,8 @@ def quantize(
     skip: Sequence[str] = (),
     weight_bits: int = 8,
     group_size: int | None = 32,
+    equalize: bool = False,
+    bias_correction: bool = False,
 ) -> nn.Module:
     """A copy of a trained model that computes with 8-bit numbers; the model stays as it is.
 
@@ -44,6 +48,10 @@ def quantize(
         skip: dotted names of layers that stay in float.
         weight_bits: 2 to 8: fewer levels for weights (they are stored in 8 bits all the same).
         group_size: of int4: how many weights of a row share a scale; None: all of them.
+        equalize: of the static scheme: first make the channels of successive layers alike
+            (`equalize.py`): for one scale for all of them (per_channel=False).
+        bias_correction: of the static scheme: let biases make up for what rounded weights do to
+            the mean of each channel (`bias_correction.py`).
 
     Raises:
         ValueError: an unknown scheme, dtype or observer; no calibration batches; a layer without a
@@ -52,6 +60,9 @@ def quantize(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r}: expected one of {', '.join(SCHEMES)}")
+    for option, wanted in (("equalize", equalize), ("bias_correction", bias_correction)):
+        if wanted and scheme != "static":
+            raise ValueError(f"{option} is for the static scheme, not {scheme!r}")
     if scheme == "weight_only":
         return weight_only(model, dtype, group_size=group_size, skip=skip)
     if dtype != "int8":
@@ -71,5 +82,11 @@ def quantize(
     if unknown := [name for name in skip if name not in known]:
         raise ValueError(f"skip: {type(model).__name__} has no layer {unknown[0]!r}")
     lowering = Lowering(graph, skip, per_channel, weight_bits)
-    lowering.ranges = calibrate(graph, lowering.wanted(), batches, observer)
+    if equalize:
+        lowering.graph = equalized(lowering.graph, lowering.is_product)
+    lowering.ranges = calibrate(lowering.graph, lowering.wanted(), batches, observer)
+    if bias_correction:
+        lowering.graph = correct_biases(
+            lowering.graph, batches, lowering.is_product, lowering.rounded
+        )
     return Quantized(lowering.lower())

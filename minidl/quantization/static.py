@@ -5,10 +5,11 @@ A number q of 8 bits stands for the real number  r = s (q - z).  A layer y = w x
     q_y = z_y + round( s_x s_w / s_y · ( Σ (q_x - z_x) q_w + b / (s_x s_w) ) )
 
 where the sum is one of small integers, exact in 32 bits, and b is such an integer too. So between
-the layers there are bytes only. It takes five steps, each a function below:
+the layers there are bytes only. It takes five steps, most a function below:
 
     trace       the network as a list of ops                                   (minidl/trace.py)
     fold        what only scales a layer's output (batch norm) goes into its weights
+                (then, if wanted: equalize.py and, after calibration, bias_correction.py)
     calibrate   which range does every value have? Some batches are looked at  (observers.py)
     lower       each op becomes the one on integers
     finish      the weights are packed, the list is a module
@@ -181,6 +182,14 @@ class Lowering:
             f"op {step.op} in layer {step.layer or 'the model itself'!r} has no form on integers: "
             f"leave it in float with skip=[{step.layer!r}]"
         )
+
+    def is_product(self, step: Step) -> bool:
+        return self.kind(step) == "product"
+
+    def rounded(self, step: Step, w: np.ndarray) -> np.ndarray:
+        """What the integers of a product's weights stand for."""
+        q, scale = quantize_weight(w, self.weight_bits, self.per_channel, step.layer)
+        return (q * scale.reshape(-1, *[1] * (w.ndim - 1))).astype(w.dtype)
 
     def wanted(self) -> set[Ref]:
         """The values whose range is to be measured."""
