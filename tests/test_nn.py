@@ -830,6 +830,8 @@ def test_parameters_and_vectors():
         ("resnet20", {"in_channels": 1, "num_classes": 5}, (1, 1, 28, 28), 269722 - 288 - 325),
         ("resnet18", {"num_classes": 7, "image_size": 64}, (1, 3, 64, 64), 11176512 + 513 * 7),
         ("resnet18", {"num_classes": 7, "stem": "cifar"}, (1, 3, 8, 8), 11176512 - 7680 + 3591),
+        ("resnet50", {"num_classes": 1000}, (1, 3, 32, 32), 25557032),
+        ("resnet101", {"num_classes": 1000}, (1, 3, 32, 32), 44549160),
     ],
 )
 def test_models(name, settings, shape, parameters):

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from minidl.models.resnet import resnet8, resnet18, resnet20, resnet34
+from minidl.models.resnet import resnet8, resnet18, resnet20, resnet34, resnet50, resnet101
 from minidl.models.small import cnn, lenet, linear, mlp
 from minidl.models.vgg import VGG, vgg11, vgg11_bn, vgg16, vgg16_bn
 from minidl.nn import Module
@@ -15,7 +15,7 @@ from minidl.nn import Module
 registry: dict[str, Callable[..., Module]] = {
     f.__name__: f
     for f in (
-        linear, mlp, lenet, cnn, resnet8, resnet20, resnet18, resnet34,
+        linear, mlp, lenet, cnn, resnet8, resnet20, resnet18, resnet34, resnet50, resnet101,
         vgg11, vgg11_bn, vgg16, vgg16_bn,
     )
 }  # fmt: skip

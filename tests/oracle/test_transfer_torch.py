@@ -38,8 +38,32 @@ class BasicBlock(nn.Module):
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
+class Bottleneck(nn.Module):
+    def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, planes * 4, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or inplanes != planes * 4:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inplanes, planes * 4, 1, stride, bias=False), nn.BatchNorm2d(planes * 4)
+            )
+
+    def forward(self, x: Any) -> Any:
+        out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
 class ResNet(nn.Module):
-    def __init__(self, layers: Sequence[int], num_classes: int) -> None:
+    def __init__(
+        self, layers: Sequence[int], num_classes: int, block: Any = BasicBlock, wide: int = 1
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -48,12 +72,12 @@ class ResNet(nn.Module):
         planes = 64
         for i, blocks in enumerate(layers):
             width, stride = 64 * 2**i, 1 if i == 0 else 2
-            stage = [BasicBlock(planes, width, stride)]
-            stage += [BasicBlock(width, width) for _ in range(blocks - 1)]
+            stage = [block(planes, width, stride)]
+            stage += [block(width * wide, width) for _ in range(blocks - 1)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
-            planes = width
+            planes = width * wide
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(512, num_classes)
+        self.fc = nn.Linear(512 * wide, num_classes)
 
     def forward(self, x: Any) -> Any:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -94,6 +118,10 @@ CONFIG_D = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M"] + [512, 512, 512, "M
 NETWORKS: dict[str, tuple[Any, Any]] = {
     "resnet18": (lambda: ResNet([2, 2, 2, 2], 7), lambda: models.resnet18(7)),
     "resnet34": (lambda: ResNet([3, 4, 6, 3], 7), lambda: models.resnet34(7)),
+    "resnet50": (
+        lambda: ResNet([3, 4, 6, 3], 7, Bottleneck, wide=4),
+        lambda: models.resnet50(7),
+    ),
     "vgg11": (
         lambda: VGG(CONFIG_A, False, 7, 32),
         lambda: models.VGG(models.vgg.A, 7, False, hidden=32),
