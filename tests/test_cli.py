@@ -17,7 +17,7 @@ from minidl.data import MNIST
 
 COMMANDS = [
     "demo", "train", "attack", "augment", "quantize", "caption train", "caption show", "kernels",
-    "doctor", "bench ladder", "bench step",
+    "doctor", "scale", "bench ladder", "bench step",
 ]  # fmt: skip
 
 
@@ -412,3 +412,33 @@ def test_caption_refuses(tmp_path):
     Vocabulary(["a"]).save(run / "vocabulary.json")
     code, output = call("caption", tmp_path / "x.png", "--model", run)
     assert code == cli.MISUSED and "is not the vocabulary" in output
+
+
+def test_scale(tmp_path):
+    picture = tmp_path / "new" / "scale.png"
+    options = ["scale", "--model", "resnet20", "--images-per-second", "5000", "--out", picture]
+    code, output = call(*options, "--gpus", "8:1024", "--batch", "128")
+    assert code == 0, output
+    assert "0.3 M parameters, 0.1 Gflop" in output
+    assert "131,072" in output and "beyond 8,192 Goyal et al." in output
+    rows = re.findall(r"([\d,]+) ([\d,]+) ([\d.]+) ([\d,]+) ([\d.]+) %", output)
+    assert [int(row[0].replace(",", "")) for row in rows] == [8 << i for i in range(8)]
+    efficiency = [float(row[4]) for row in rows]
+    assert efficiency == sorted(efficiency, reverse=True) and efficiency[0] < 100
+    assert Image.open(picture).size == (1500, 600)
+
+    code, output = call(*options, "--gpus", "16", "--bandwidth", "0.01", "--latency", "1")
+    assert code == 0 and "16 GPUs are bound by bandwidth" in output
+    code, output = call(*options, "--gpus", "512", "--latency", "10000", "--bandwidth", "10000")
+    assert code == 0 and "bound by latency" in output
+    for wrong, message in [
+        (["--gpus", "8-1024"], "given as 8:1024 or 1,8,64, got '8-1024'"),
+        (["--gpus", "0:8"], "got '0:8'"),
+        (["--cluster", "p101"], "did you mean 'p100'"),
+        (["--algorithm", "rings"], "choose one of parameter_server"),
+        (["--model", "resnet51"], "did you mean 'resnet50'"),
+        (["--bandwidth", "0"], "--bandwidth is positive"),
+        (["--measure"], "mpirun -n 2"),
+    ]:
+        code, output = call(*options, *wrong)
+        assert code == 2 and message in output, output
