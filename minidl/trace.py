@@ -88,6 +88,7 @@ class Graph:
         output: `Ref`, or a tuple, list or dict of them, as the model returned.
         constants: values that do not depend on the inputs: parameters, and what is made of them.
         names: of constants that are the model's parameters and buffers.
+        scales: of integers that stand for real numbers: the constant that says what one is worth.
     """
 
     steps: list[Step]
@@ -95,6 +96,7 @@ class Graph:
     output: Any
     constants: dict[Ref, Tensor]
     names: dict[Ref, str] = field(default_factory=dict)
+    scales: dict[Ref, Ref] = field(default_factory=dict)
     last: tuple[Any, dict[int, list[Ref]]] = field(default=(None, {}), init=False, repr=False)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -176,6 +178,7 @@ class Graph:
             "inputs": [ref.number for ref in self.inputs],
             "output": coded(self.output),
             "constants": [ref.number for ref in self.constants],
+            "scales": [[ref.number, scale.number] for ref, scale in self.scales.items()],
         }
 
     @classmethod
@@ -196,12 +199,14 @@ class Graph:
                 Step(s["op"], given, settings, Ref(s["output"]), s["layer"], shape, s["dtype"])
             )
         inputs = [Ref(n) for n in content["inputs"]]
-        return cls(steps, inputs, decoded(content["output"]), constants)
+        scales = {Ref(n): Ref(scale) for n, scale in content.get("scales", ())}
+        return cls(steps, inputs, decoded(content["output"]), constants, scales=scales)
 
     def copy(self) -> Graph:
         return replace(
-            self, steps=[*self.steps], constants={**self.constants}, names={**self.names}
-        )
+            self, steps=[*self.steps], constants={**self.constants}, names={**self.names},
+            scales={**self.scales},
+        )  # fmt: skip
 
 
 def trace(model: Module, *inputs: Tensor) -> Graph:
@@ -333,6 +338,8 @@ def merged(a: Any, b: Any, sizes: tuple[int, int]) -> Any:
         return type(a)(merged(x, y, sizes) for x, y in zip(a, b))
     if isinstance(a, np.ndarray) and np.array_equal(a, b):
         return a
+    if a is b is Ellipsis:
+        return a
     if isinstance(a, float | str | bool | int | Ref | np.generic | None) and a == b:
         return a
     raise ValueError(f"{a!r} and {b!r}")
@@ -361,7 +368,9 @@ def refs_in(x: Any) -> list[Ref]:
 
 
 def coded(x: Any) -> Any:
-    """With plain values in place of `Ref`, `PerSample` and slices, which a file does not have."""
+    """With plain values in place of `Ref`, `PerSample`, slices and ..., which no file has."""
+    if x is Ellipsis:
+        return {"dots": None}
     if isinstance(x, slice):
         return {"slice": coded((x.start, x.stop, x.step))}
     if isinstance(x, Ref | PerSample):
@@ -376,6 +385,8 @@ def decoded(x: Any) -> Any:
         ((kind, value),) = x.items()
         if kind == "dict":
             return {key: decoded(v) for key, v in value.items()}
+        if kind == "dots":
+            return Ellipsis
         if kind == "slice":
             return slice(*decoded(value))
         return {"Ref": Ref, "PerSample": PerSample}[kind](value)

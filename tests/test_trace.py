@@ -7,7 +7,7 @@ import minidl
 import minidl.nn.functional as F
 from minidl import models, nn
 from minidl.nn import Module
-from minidl.trace import PerSample, Ref, resolve, trace
+from minidl.trace import PerSample, Ref, coded, decoded, resolve, trace
 
 NETWORKS = {
     "cnn": (lambda: models.get("cnn", num_classes=10, in_channels=1), (1, 28, 28)),
@@ -143,5 +143,7 @@ def test_what_cannot_be_traced(model, message):
 
 def test_settings_per_sample():
     setting = {"shape": (PerSample(2), 3), "index": (slice(0, PerSample(1), None), [PerSample(3)])}
+    everything = {**setting, "dots": (Ellipsis, 1), "ref": Ref(3)}
+    assert decoded(coded(everything)) == everything
     assert resolve(setting, 4) == {"shape": (8, 3), "index": (slice(0, 4, None), [12])}
     assert Ref(3) != PerSample(3) or type(Ref(3)) is not type(PerSample(3))

@@ -147,6 +147,7 @@ class Lowering:
         self.floats: dict[Ref, Ref] = {ref: ref for ref in graph.inputs}
         self.next = graph.new_ref().number
         self.new = Graph([], graph.inputs, None, {})
+        self.same: dict[tuple[str, tuple[int, ...], bytes], Ref] = {}  # one constant for equal ones
 
     # Planning: which values are measured
 
@@ -218,10 +219,12 @@ class Lowering:
         return out
 
     def constant(self, value: np.ndarray) -> Ref:
-        ref = Ref(self.next)
-        self.next += 1
-        self.new.constants[ref] = Tensor(value)
-        return ref
+        key = value.dtype.str, value.shape, value.tobytes()
+        if key not in self.same:
+            self.same[key] = Ref(self.next)
+            self.next += 1
+            self.new.constants[self.same[key]] = Tensor(value)
+        return self.same[key]
 
     def as_bytes(self, ref: Ref, like: Step) -> tuple[Ref, np.ndarray, np.ndarray]:
         if ref not in self.bytes:
@@ -254,6 +257,8 @@ class Lowering:
         output = minidl.trace.nested(
             self.graph.output, lambda x: self.as_float(x, last) if isinstance(x, Ref) else x
         )
+        for q, scale, _ in self.bytes.values():
+            self.new.scales[q] = self.constant(scale)
         return replace(self.new, output=output)
 
     def lower_float(self, step: Step, result: Ref, relu: bool) -> None:
@@ -306,8 +311,10 @@ class Lowering:
             inputs = (x, q, x_zero, None, scale, b, y_zero)
             out = self.emit("conv_integer", inputs, {**step.settings, "relu": relu}, step, dtype)
         else:
-            inputs = (x, q.T.copy(), x_zero, None, scale, b, y_zero)
+            q = q.T.copy()
+            inputs = (x, q, x_zero, None, scale, b, y_zero)
             out = self.emit("matmul_integer", inputs, {"relu": relu}, step, dtype)
+        self.new.scales[self.constant(q)] = self.constant(w_scale)
         if last:
             self.floats[result] = out
         else:
@@ -376,11 +383,13 @@ class Quantized(nn.Module):
         self.packed: dict[Ref, Packed] = {}
         self.eval()
 
+    def constants(self) -> dict[Ref, Any]:
+        """What the buffers are now."""
+        return {ref: getattr(self, f"c{ref.number}") for ref in self.graph.constants}
+
     def forward(self, *inputs: Tensor) -> Any:
         """The steps, with weights that are packed once."""
-        constants: dict[Ref, Any] = {
-            ref: getattr(self, f"c{ref.number}") for ref in self.graph.constants
-        }
+        constants = self.constants()
         for step in self.graph.steps:
             if step.op == "conv_integer" and takes_packed(conv_integer, inputs[0]):
                 pack: Any = lambda w, groups=step.settings["groups"]: pack_conv_integer(  # noqa: E731
@@ -391,7 +400,8 @@ class Quantized(nn.Module):
             else:
                 continue
             ref = step.inputs[1]
-            constants[ref] = self.packed.setdefault(ref, Packed()).of(constants[ref], pack)
+            weight = getattr(self, f"c{ref.number}")
+            constants[ref] = self.packed.setdefault(ref, Packed()).of(weight, pack)
         with minidl.no_grad():
             return self.graph.run(inputs, constants=constants)
 
