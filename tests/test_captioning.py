@@ -57,8 +57,7 @@ def annotations(n=4, places=4):
 
 
 def batch_of(a, captions):
-    numbers = sorted(zip(a.numpy(), map(WORDS.encode, captions)), key=lambda p: -len(p[1]))
-    return collate(numbers)
+    return collate([(image, [WORDS.encode(c)]) for image, c in zip(a.numpy(), captions)])
 
 
 # Models -----------------------------------------------------------------------------------
@@ -75,6 +74,33 @@ def test_a_caption_costs_the_same_in_any_batch(make):
     batch, targets = batch_of(a, CAPTIONS)
     loss = F.cross_entropy(model(batch), targets, reduction="sum")
     assert loss.item() == pytest.approx(-together.sum(), rel=1e-5)
+
+
+@decoders
+def test_captions_of_an_image_share_its_annotations(make):
+    """The encoder looks once, and loss and gradients are those of an image for each caption."""
+    a = annotations()
+    several = [CAPTIONS, CAPTIONS[1:3], CAPTIONS[3:], CAPTIONS[::2]]
+    found = []
+    for together in (True, False):
+        minidl.manual_seed(0)
+        model = captioner(make)
+        x = Tensor(a.numpy(), requires_grad=True)
+        model.encoder.forward = lambda images, x=x: x[images[:, 0, 0, 0].astype("int64")]
+        groups = several if together else [[c] for captions in several for c in captions]
+        which = range(4) if together else [i for i, c in enumerate(several) for _ in c]
+        batch, targets = collate(
+            [
+                (np.full((1, 1, 1), i, "f"), list(map(WORDS.encode, g)))
+                for i, g in zip(which, groups)
+            ]
+        )
+        assert len(batch.images) == len(groups) and len(batch.words) == 9
+        loss = F.cross_entropy(model(batch), targets, reduction="sum")
+        loss.backward()
+        found.append([loss.numpy(), x.grad.numpy(), *(p.grad.numpy() for p in model.parameters())])
+    for one, other in zip(*found):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @decoders

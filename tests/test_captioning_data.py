@@ -413,6 +413,27 @@ def test_batches_are_padded_and_sorted():
         assert list(words[i, 1:length]) == list(out[: length - 1, i]) and out[length - 1, i] == EOS
 
 
+def test_an_image_comes_once_with_all_its_captions():
+    data, v = scenes_and_words()
+    loader = caption_loader(data, v, 8, shuffle=True, together=True, seed=0)
+    assert len(loader) == 5
+    said, seen = [], []
+    for batch, targets in loader:
+        lengths, of = batch.lengths.numpy(), batch.image_of.numpy()
+        assert (np.diff(lengths) <= 0).all() and sorted(set(of)) == list(range(8))
+        there = np.arange(lengths[0])[:, None] < lengths
+        out = np.zeros(there.shape, int)
+        out[there] = targets.numpy()
+        for row, image in enumerate(batch.images.numpy()[of]):
+            (at,) = [i for i in range(40) if np.array_equal(data[i][0], image)]
+            caption = v.decode(out[: lengths[row], row])
+            assert caption in data.captions[at]
+            said.append((at, caption))
+        seen += [image.tobytes() for image in batch.images.numpy()]
+    assert len(set(seen)) == 40  # each image once
+    assert sorted(said) == sorted((i, c) for i in range(40) for c in data.captions[i])
+
+
 def test_buckets_have_every_sample_once_and_little_padding():
     lengths = np.random.default_rng(0).integers(3, 30, 1234)
     sampler = BucketSampler(lengths, 16, seed=1)

@@ -82,6 +82,12 @@ def _(data):
     return (x,), {"dim": integer(data, -x.ndim, x.ndim - 1)}
 
 
+@drawn("additive_scores")
+def _(data):
+    n, places, size = integer(data, 1, 6), integer(data, 1, 9), integer(data, 1, 40)
+    return (numbers(data, n, places, size), numbers(data, n, size), numbers(data, 1, size)), {}
+
+
 @drawn("cross_entropy")
 def _(data):
     n, classes, *rest = integer(data, 1, 9), integer(data, 1, 40), *shape(data, 1, 2)[:-1]

@@ -75,11 +75,13 @@ def perplexity(model: Captioner, loader: Any) -> float:
 
 def fit(
     model: Captioner, train_set: Any, epochs: int, lr: float, val: Any = None, batch_size: int = 64,
-    weight_decay: float = 0.0,
+    weight_decay: float = 0.0, together: bool = False,
 ) -> Fit:  # fmt: skip
     """Adam, one cycle. With a validation set, the best epoch's weights are what remains."""
     words = model.vocabulary
-    loader = caption_loader(train_set, words, batch_size, shuffle=True, prefetch_thread=True)
+    loader = caption_loader(
+        train_set, words, batch_size, shuffle=True, together=together, prefetch_thread=True
+    )
     optimizer = optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr, weight_decay=weight_decay
     )

@@ -1,4 +1,4 @@
-// The Python face of recurrent layers.
+// The Python face of recurrent layers and of attention.
 #include "bind.h"
 
 namespace minidl {
@@ -10,6 +10,15 @@ const RecurrentFor<T>& recurrent_of() {
     return kernels().recurrent->f32;
   } else {
     return kernels().recurrent->f64;
+  }
+}
+
+template <class T>
+const AttentionFor<T>& attention_of() {
+  if constexpr (sizeof(T) == 4) {
+    return kernels().recurrent->attention_f32;
+  } else {
+    return kernels().recurrent->attention_f64;
   }
 }
 
@@ -118,6 +127,53 @@ py::tuple recurrent_gradient(const std::string& cell, const py::array& g, const 
   });
 }
 
+Places places(const char* op, const py::array& u, const py::array& v, const py::array& w) {
+  expect_dimensions(op, "u", u, 3, "(N, L, A)");
+  const Places s{u.shape(0), u.shape(1), u.shape(2)};
+  if (v.ndim() != 2 || v.shape(0) != s.n || v.shape(1) != s.size || w.size() != s.size) {
+    bad_value(std::string(op) + ": u (N, L, A) needs v (N, A) and w (1, A), got " + shape_of(u) +
+              ", " + shape_of(v) + " and " + shape_of(w));
+  }
+  return s;
+}
+
+py::array additive_scores(const py::array& u, const py::array& v, const py::array& w) {
+  const Places s = places("additive_scores", u, v, w);
+  return with_type("additive_scores", "u", u, "v", v, [&](auto zero) -> py::array {
+    using T = decltype(zero);
+    const auto from = contiguous<T>(u), beside = contiguous<T>(v), weight = contiguous<T>(w);
+    py::array_t<T> e({s.n, s.places});
+    T* out = e.mutable_data();
+    {
+      py::gil_scoped_release release;
+      attention_of<T>().scores(s, from.data(), beside.data(), weight.data(), out);
+    }
+    return e;
+  });
+}
+
+py::tuple additive_scores_gradient(const py::array& g, const py::array& u, const py::array& v,
+                                   const py::array& w) {
+  const Places s = places("additive_scores_gradient", u, v, w);
+  if (g.ndim() != 2 || g.shape(0) != s.n || g.shape(1) != s.places) {
+    bad_value("additive_scores_gradient: g must be (N, L) of u " + shape_of(u) + ", got " +
+              shape_of(g));
+  }
+  return with_type("additive_scores_gradient", "g", g, "u", u, [&](auto zero) -> py::tuple {
+    using T = decltype(zero);
+    const auto ge = contiguous<T>(g), from = contiguous<T>(u), beside = contiguous<T>(v),
+               weight = contiguous<T>(w);
+    py::array_t<T> gu({s.n, s.places, s.size}), gv({s.n, s.size}), gw({s.n, s.size});
+    T *to_u = gu.mutable_data(), *to_v = gv.mutable_data(), *to_w = gw.mutable_data();
+    {
+      py::gil_scoped_release release;
+      attention_of<T>().scores_gradient(s, ge.data(), from.data(), beside.data(), weight.data(),
+                                        to_u, to_v, to_w);
+    }
+    return py::make_tuple(gu, gv, gw);
+  });
+}
+
 }  // namespace
 
 void bind_recurrent(py::module_& m) {
@@ -133,6 +189,12 @@ void bind_recurrent(py::module_& m) {
   m.def("recurrent_gradient", &recurrent_gradient, cell, py::arg("g").noconvert(),
         py::arg("kept").noconvert(), w_hh, lengths,
         "The gradients of a, of b = w_hh h (an h before each step), and of first.");
+  const auto u = py::arg("u").noconvert(), v = py::arg("v").noconvert();
+  const auto w = py::arg("w").noconvert();
+  m.def("additive_scores", &additive_scores, u, v, w,
+        "tanh(u + v) w: (N, L, A), (N, A), (1, A) -> (N, L).");
+  m.def("additive_scores_gradient", &additive_scores_gradient, py::arg("g").noconvert(), u, v, w,
+        "The gradients of u and v, and of w (N, A): the share of each n.");
 }
 
 }  // namespace minidl

@@ -204,9 +204,23 @@ struct RecurrentFor {  // see recurrent.h
                    T* d_first);
 };
 
+// Vectors of `size` at so many places, of n images.
+struct Places {
+  Index n, places, size;
+};
+
+template <class T>
+struct AttentionFor {  // see attention.h
+  void (*scores)(const Places&, const T* u, const T* v, const T* w, T* e);
+  void (*scores_gradient)(const Places&, const T* g, const T* u, const T* v, const T* w, T* gu,
+                          T* gv, T* gw);
+};
+
 struct RecurrentKernels {
   RecurrentFor<float> f32;
   RecurrentFor<double> f64;
+  AttentionFor<float> attention_f32;
+  AttentionFor<double> attention_f64;
 };
 
 // An affine warp of n images: pixel (column j, row i) of the result is fetched from column

@@ -20,48 +20,51 @@ class CaptionBatch(NamedTuple):
     """What a captioner is given; the captions come longest first.
 
     Attributes:
-        images: (N, C, H, W); or annotation vectors (N, L, D) that were computed before.
+        images: (M, C, H, W); or annotation vectors (M, L, D) that were computed before.
         words: (N, T) the words that go in, from BOS on; PAD after a caption's end.
         lengths: (N,) how many go in (EOS does not).
+        image_of: (N,) which of the images each caption is of; None: one each, in this order.
     """
 
     images: Tensor
     words: Tensor
     lengths: Tensor
+    image_of: Tensor | None = None
 
     def to(self, device: str) -> CaptionBatch:
-        return CaptionBatch(*(tensor.to(device) for tensor in self))
+        return CaptionBatch._make(None if x is None else x.to(device) for x in self)
 
 
 class CaptionPairs(Dataset):
-    """Every caption of a dataset as a sample of its own: (image, numbers of its tokens).
+    """A dataset with numbers for words; a sample is (image, [numbers of a caption, ...]).
 
     Args:
         dataset: of (image, captions), with all captions in `dataset.captions`.
         vocabulary: what numbers the tokens.
+        together: a sample is an image with all its captions; else each caption is a sample.
 
     Attributes:
-        pairs: of each sample, (which image, numbers).
+        pairs: of each sample, (which image, its captions' numbers).
     """
 
-    def __init__(self, dataset: Any, vocabulary: Vocabulary) -> None:
+    def __init__(self, dataset: Any, vocabulary: Vocabulary, together: bool = False) -> None:
         self.dataset, self.vocabulary = dataset, vocabulary
-        self.pairs = [
-            (image, vocabulary.encode(caption))
-            for image, captions in enumerate(dataset.captions)
-            for caption in captions
-        ]
+        self.pairs: list[tuple[int, list[list[int]]]] = []
+        for image, captions in enumerate(dataset.captions):
+            numbers = [vocabulary.encode(caption) for caption in captions]
+            self.pairs += [(image, numbers)] if together else [(image, [n]) for n in numbers]
 
     @property
     def lengths(self) -> list[int]:
-        return [len(numbers) for _, numbers in self.pairs]
+        """Of each sample's longest caption."""
+        return [max(map(len, captions)) for _, captions in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Any, list[int]]:
-        image, numbers = self.pairs[index]
-        return self.dataset[image][0], numbers
+    def __getitem__(self, index: int) -> tuple[Any, list[list[int]]]:
+        image, captions = self.pairs[index]
+        return self.dataset[image][0], captions
 
 
 class BucketSampler(Sampler):
@@ -102,8 +105,8 @@ class BucketSampler(Sampler):
             yield batches[number].tolist()
 
 
-def collate(samples: list[tuple[Any, list[int]]]) -> tuple[CaptionBatch, Tensor]:
-    """Pad, longest first.
+def collate(samples: list[tuple[Any, list[list[int]]]]) -> tuple[CaptionBatch, Tensor]:
+    """Pad, longest first; of samples as `CaptionPairs` has them.
 
     Returns:
         The batch, and the words that come out: (sum of lengths,), as the decoder gives its
@@ -112,19 +115,22 @@ def collate(samples: list[tuple[Any, list[int]]]) -> tuple[CaptionBatch, Tensor]
     Raises:
         ValueError: the images differ in shape.
     """
-    samples = sorted(samples, key=lambda sample: -len(sample[1]))  # stable
+    samples = sorted(samples, key=lambda sample: -max(map(len, sample[1])))  # stable
+    captions = [(numbers, i) for i, (_, several) in enumerate(samples) for numbers in several]
+    captions.sort(key=lambda caption: -len(caption[0]))
     images = [np.asarray(image) for image, _ in samples]
     if len({image.shape for image in images}) > 1:
         raise ValueError(
             f"images of different shapes in a batch: {sorted({i.shape for i in images})}; give "
             "the dataset a transform, Compose([Resize(64), CenterCrop(64)])"
         )
-    lengths = np.array([len(numbers) - 1 for _, numbers in samples])
-    words, following = np.full((2, len(samples), lengths[0]), PAD)
-    for row, (_, numbers) in enumerate(samples):
+    lengths = np.array([len(numbers) - 1 for numbers, _ in captions])
+    words, following = np.full((2, len(captions), lengths[0]), PAD)
+    for row, (numbers, _) in enumerate(captions):
         words[row, : lengths[row]], following[row, : lengths[row]] = numbers[:-1], numbers[1:]
     there = np.arange(lengths[0])[:, None] < lengths  # (T, N)
-    batch = CaptionBatch(Tensor(np.stack(images)), Tensor(words), Tensor(lengths))
+    image_of = Tensor(np.array([i for _, i in captions]))
+    batch = CaptionBatch(Tensor(np.stack(images)), Tensor(words), Tensor(lengths), image_of)
     return batch, Tensor(following.T[there])
 
 
@@ -135,6 +141,7 @@ def caption_loader(
     shuffle: bool = False,
     seed: int | None = None,
     bucket: bool = False,
+    together: bool = False,
     **options: Any,
 ) -> DataLoader:
     """Load (batch, words that come out); see `collate`.
@@ -142,14 +149,16 @@ def caption_loader(
     Args:
         dataset: of (image, captions), with all captions in `dataset.captions`.
         vocabulary: what numbers the tokens.
-        batch_size: captions a batch.
+        batch_size: captions a batch; images, if they come with all their captions.
         shuffle: another order each epoch; else in order.
         bucket: shuffle in batches of like length. That saves steps, but a batch is then no sample
             of the data: where length tells what is in the image (one thing or two), batch norm sees
             other statistics while it learns than later. For encoders that are frozen.
+        together: each image comes once in an epoch, with all its captions. The encoder, which costs
+            more than the decoder, then looks once instead of once for each of them.
         seed, options: of the `DataLoader` (`num_workers=`, `prefetch_thread=`, `device=`).
     """
-    pairs = CaptionPairs(dataset, vocabulary)
+    pairs = CaptionPairs(dataset, vocabulary, together)
     if not (shuffle and bucket):
         return DataLoader(pairs, batch_size, shuffle, collate_fn=collate, seed=seed, **options)
     sampler = BucketSampler(pairs.lengths, batch_size, seed)

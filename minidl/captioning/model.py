@@ -30,6 +30,7 @@ from minidl.captioning import decoding
 from minidl.captioning.batches import CaptionBatch, collate
 from minidl.captioning.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from minidl.nn.utils.rnn import pack_padded_sequence
+from minidl.ops.attention import additive_scores
 from minidl.tensor import Tensor
 
 __all__ = ["Captioner", "Encoder", "ShowAndTell", "ShowAttend", "convolutions", "trunk"]
@@ -365,7 +366,7 @@ class ShowAttend(Decoder):
     def advance(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         *before, a, Ua = state
         h = before[0][-1]
-        e = self.w(F.tanh(Ua + self.W(h).unsqueeze(1))).squeeze(2)
+        e = additive_scores(Ua, self.W(h), self.w.weight)
         alpha = F.softmax(e, dim=1)
         self.maps.append(alpha.array)
         z = F.sigmoid(self.beta(h)) * (alpha.unsqueeze(1) @ a).squeeze(1)
@@ -403,7 +404,10 @@ class Captioner(nn.Module):
 
     def forward(self, batch: CaptionBatch) -> Tensor:
         """The logits of all words that come out, (sum of lengths, V); see `Decoder.forward`."""
-        return self.decoder(self.annotations(batch.images), batch.words, batch.lengths)
+        a = self.annotations(batch.images)
+        if len(a) != len(batch.words):  # several captions of an image
+            a = a[batch.image_of]
+        return self.decoder(a, batch.words, batch.lengths)
 
     def generate(
         self, images: Tensor, beam: int = 1, max_length: int = 30, length_penalty: float = 0.0,
@@ -510,6 +514,6 @@ class Captioner(nn.Module):
         if [BOS] in numbers:
             raise ValueError("an empty caption: it has no tokens")
         order = np.argsort([-len(n) for n in numbers], kind="stable")
-        batch, targets = collate([(np.zeros(0), numbers[i]) for i in order])
+        batch, targets = collate([(np.zeros(0), [numbers[i]]) for i in order])
         batch = batch.to(images.device)._replace(images=images[to_device(order, images.device)])
         return batch, targets, order

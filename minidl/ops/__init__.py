@@ -4,6 +4,7 @@ Importing this package registers them all, and gives Tensor its operators and me
 """
 
 from minidl.ops import (
+    attention,
     conv,
     cuda,
     dropout,
@@ -24,6 +25,6 @@ from minidl.ops import (
 )
 
 __all__ = [
-    "conv", "cuda", "dropout", "elementwise", "embedding", "half", "linalg", "loss", "methods",
-    "norm", "pool", "quantized", "reduce", "rnn", "shape", "softmax", "warp",
+    "attention", "conv", "cuda", "dropout", "elementwise", "embedding", "half", "linalg", "loss",
+    "methods", "norm", "pool", "quantized", "reduce", "rnn", "shape", "softmax", "warp",
 ]  # fmt: skip
