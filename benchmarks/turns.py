@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
@@ -299,7 +299,10 @@ def draw(record: dict[str, Any], known: dict[str, Section]) -> Any:
     return figure
 
 
-def describe_machine(threads: int) -> str:
+NAMES = {"torch": "PyTorch", "numpy": "NumPy", "onnxruntime": "ONNX Runtime"}
+
+
+def describe_machine(threads: int, packages: Sequence[str]) -> str:
     """The processor, and whose kernels of which version run on it."""
     from minidl.cli import kernels_in_words
 
@@ -309,8 +312,8 @@ def describe_machine(threads: int) -> str:
         names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         model = names[0].partition(": ")[2] if names else model
     versions = ", ".join(
-        f"{name} {metadata.version(package)}"
-        for name, package in (("minidl", "minidl"), ("PyTorch", "torch"), ("NumPy", "numpy"))
+        f"{NAMES.get(package, package)} {metadata.version(package)}"
+        for package in ("minidl", *packages)
     )
     return (
         f"{model}, {os.cpu_count()} cores, {threads} threads; {versions}, Python "
@@ -318,8 +321,10 @@ def describe_machine(threads: int) -> str:
     )
 
 
-def main(name: str, title: str, known: dict[str, Section]) -> None:
-    """The command line of benchmarks/NAME.py."""
+def main(
+    name: str, title: str, known: dict[str, Section], packages: Sequence[str] = ("torch", "numpy")
+) -> None:
+    """The command line of benchmarks/NAME.py; `packages` are those that it compares with."""
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--quick", action="store_true", help="few rounds: a rough look")
@@ -333,11 +338,12 @@ def main(name: str, title: str, known: dict[str, Section]) -> None:
     if args.memory:
         return report_memory(known, args.memory)
 
-    if not util.find_spec("torch"):
-        raise SystemExit("This compares with PyTorch: pip install 'minidl[bench]', or make bench")
+    if missing := [package for package in packages if not util.find_spec(package)]:
+        raise SystemExit(f"This compares with {missing[0]}: pip install 'minidl[bench]'")
     out = args.out or (Path("runs/bench") if args.quick else RESULTS)
     machine = subprocess.run(
-        [sys.executable, "-c", f"from turns import *; print(describe_machine({args.threads}))"],
+        [sys.executable, "-c", f"from turns import *; print(describe_machine({args.threads}, "
+         f"{list(packages)}))"],
         env=environment(args.threads, {}), cwd=Path(__file__).parent, text=True, check=True,
         capture_output=True,
     ).stdout.strip()  # fmt: skip
