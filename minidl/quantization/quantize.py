@@ -10,7 +10,7 @@ from minidl.quantization.bias_correction import correct_biases
 from minidl.quantization.dynamic import dynamic
 from minidl.quantization.equalize import equalize as equalized
 from minidl.quantization.observers import OBSERVERS
-from minidl.quantization.static import Lowering, Quantized, calibrate, fold
+from minidl.quantization.static import Lowering, Quantized, calibrate, fold, learned
 from minidl.quantization.weight_only import weight_only
 from minidl.trace import trace
 
@@ -32,6 +32,10 @@ def quantize(
     bias_correction: bool = False,
 ) -> nn.Module:
     """A copy of a trained model that computes with 8-bit numbers; the model stays as it is.
+
+    Of what `convert` made after quantization-aware training the static scheme takes the scales as
+    they were learned; only values that no such layer reads are calibrated, and per_channel and
+    weight_bits are for other layers.
 
     Args:
         model: it is run in eval mode.
@@ -77,14 +81,20 @@ def quantize(
     if not batches:
         raise ValueError("there are no batches to calibrate with: give at least one")
     first = batches[0] if isinstance(batches[0], tuple | list) else (batches[0],)
-    graph = fold(trace(model, *first))
+    graph = trace(model, *first)
+    grids = learned(model, graph)
+    graph = fold(graph, grids)
     known = {name for name, _ in model.named_modules()}
     if unknown := [name for name in skip if name not in known]:
         raise ValueError(f"skip: {type(model).__name__} has no layer {unknown[0]!r}")
-    lowering = Lowering(graph, skip, per_channel, weight_bits)
+    lowering = Lowering(graph, skip, per_channel, weight_bits, grids)
     if equalize:
-        lowering.graph = equalized(lowering.graph, lowering.is_product)
-    lowering.ranges = calibrate(lowering.graph, lowering.wanted(), batches, observer)
+        if grids:
+            raise ValueError("equalize would leave the scales that the network was trained with")
+        lowering.graph = equalized(graph, lowering.is_product)
+    lowering.take_learned()
+    measured = calibrate(lowering.graph, lowering.wanted(), batches, observer)
+    lowering.ranges.update(measured)
     if bias_correction:
         lowering.graph = correct_biases(
             lowering.graph, batches, lowering.is_product, lowering.rounded

@@ -13,6 +13,8 @@ the layers there are bytes only. It takes five steps, most a function below:
     calibrate   which range does every value have? Some batches are looked at  (observers.py)
     lower       each op becomes the one on integers
     finish      the weights are packed, the list is a module
+
+A network from `qat.convert` has its scales already: those that it was trained with (`learned`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +36,7 @@ from minidl.ops.quantized import (
 )
 from minidl.quantization.observers import OBSERVERS
 from minidl.quantization.packed import Packed, takes_packed
+from minidl.quantization.qat import TINY, Grid
 from minidl.tensor import Tensor
 from minidl.trace import Graph, Ref, Step, refs_in
 
@@ -56,11 +59,15 @@ SAME = (
 # Fold -------------------------------------------------------------------------------------
 
 
-def fold(graph: Graph) -> Graph:
+def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
     """Scales and shifts of a product's output go into its weights; computed in float64.
 
     w' = w · scale,  b' = b · scale + shift  (Jacob et al. 2018, equation 14)
+
+    Args:
+        learned: of weights, by their numbers; what is folded gets its new number in it.
     """
+    learned = {} if learned is None else learned
     graph = graph.copy()
     for step in list(graph.steps):
         if step.op not in PRODUCTS or not constant_weights(graph, step):
@@ -78,6 +85,8 @@ def fold(graph: Graph) -> Graph:
         folded = (w.astype(np.float64) * scale.reshape(-1, *[1] * (w.ndim - 1))).astype(w.dtype)
         new_b = np.broadcast_to(b * scale + shift, len(w)).astype(w.dtype)
         weight_ref, bias_ref = graph.constant(Tensor(folded)), graph.constant(Tensor(new_b))
+        if step.inputs[1] in learned:
+            learned[weight_ref] = learned[step.inputs[1]].times(scale)
         at = graph.steps.index(step)
         graph.steps[at] = replace(
             step, inputs=(step.inputs[0], weight_ref, bias_ref), output=after.output
@@ -89,6 +98,48 @@ def fold(graph: Graph) -> Graph:
 def constant_weights(graph: Graph, step: Step) -> bool:
     _, w, b = step.inputs
     return w in graph.constants and (b is None or b in graph.constants)
+
+
+# Learn ------------------------------------------------------------------------------------
+
+
+class Learned(NamedTuple):
+    """The grids with which a product was trained.
+
+    Attributes:
+        q, scale: its weights: int8 (out, ...), and float32 (out,), what one unit is worth.
+        input: the grid of what it reads.
+    """
+
+    q: np.ndarray
+    scale: np.ndarray
+    input: Grid
+
+    def times(self, a: np.ndarray) -> Learned:
+        """Of the weights a_j w_j: the same integers. (Of a negative a_j they change their sign,
+        unless one of them is -128, which has no negative: then the scale is negative.)"""
+        axes = tuple(range(1, self.q.ndim))
+        a = np.broadcast_to(a.astype(np.float64), len(self.q))
+        flip = (a < 0) & (self.q.min(axis=axes, initial=0) > -128)
+        sign = np.where(flip, -1, 1)
+        scale = (self.scale * a * sign).astype(np.float32)
+        scale[np.abs(scale) < TINY] = TINY
+        return self._replace(q=self.q * sign.reshape(-1, *[1] * len(axes)).astype(np.int8),
+                             scale=scale)  # fmt: skip
+
+
+def learned(model: nn.Module, graph: Graph) -> dict[Ref, Learned]:
+    """What `qat.convert` left with the layers of a model, by the numbers of their weights."""
+    found = {}
+    for ref, name in graph.names.items():
+        path, _, attribute = name.rpartition(".")
+        layer: Any = model.get_submodule(path)
+        if attribute == "weight" and hasattr(layer, "weight_grid"):
+            w, s = layer.weight.numpy(), layer.weight_grid.scale
+            scale = np.broadcast_to(s, len(w)).astype(np.float32)
+            q = np.rint(w / scale.reshape(-1, *[1] * (w.ndim - 1))).astype(np.int8)
+            found[ref] = Learned(q, scale, layer.input_grid)
+    return found
 
 
 # Calibrate --------------------------------------------------------------------------------
@@ -135,15 +186,23 @@ class Lowering:
     Attributes:
         bytes: values that are integers now: (the new value, scale, zero point).
         floats: values that are (also) real numbers now.
+        learned: of weights that have their integers already.
     """
 
     def __init__(
-        self, graph: Graph, skip: Sequence[str], per_channel: bool, weight_bits: int
+        self,
+        graph: Graph,
+        skip: Sequence[str],
+        per_channel: bool,
+        weight_bits: int,
+        learned: dict[Ref, Learned] | None = None,
     ) -> None:
-        self.graph, self.skip = graph, tuple(skip)
+        self.graph, self.skip, self.learned = graph, tuple(skip), learned or {}
         self.per_channel, self.weight_bits = per_channel, weight_bits
         self.ranges: dict[Ref, tuple[np.ndarray, np.ndarray]] = {}
+        self.most: dict[Ref, int] = {}  # the largest integer of a learned range
         self.bytes: dict[Ref, tuple[Ref, np.ndarray, np.ndarray]] = {}
+        self.regridded: dict[tuple[Ref, Any], Ref] = {}
         self.floats: dict[Ref, Ref] = {ref: ref for ref in graph.inputs}
         self.next = graph.new_ref().number
         self.new = Graph([], graph.inputs, None, {})
@@ -189,8 +248,34 @@ class Lowering:
 
     def rounded(self, step: Step, w: np.ndarray) -> np.ndarray:
         """What the integers of a product's weights stand for."""
-        q, scale = quantize_weight(w, self.weight_bits, self.per_channel, step.layer)
+        q, scale = self.integers(step, w)
         return (q * scale.reshape(-1, *[1] * (w.ndim - 1))).astype(w.dtype)
+
+    def integers(self, step: Step, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A product's weights: (int8, the scale of one or of each of out)."""
+        if step.inputs[1] in self.learned:
+            return self.learned[step.inputs[1]][:2]
+        return quantize_weight(w, self.weight_bits, self.per_channel, step.layer)
+
+    def agreed(self, ref: Ref) -> Grid | None:
+        """The grid in which all that read a value were trained to see it, or None."""
+        grids: list[Grid | None] = []
+        for step in self.graph.users(ref):
+            kind = "output" if step is None else self.kind(step)
+            if kind == "product" and step.inputs[1] in self.learned:
+                grids.append(self.learned[step.inputs[1]].input)
+            elif kind in ("same", "relu"):
+                grids.append(self.agreed(step.output))
+            else:
+                return None
+        return grids[0] if grids and all(grid == grids[0] for grid in grids) else None
+
+    def take_learned(self) -> None:
+        """The ranges that need no calibration."""
+        for ref in self.wanted():
+            if grid := self.agreed(ref):
+                self.ranges[ref] = grid.scale, grid.zero_point
+                self.most[ref] = grid.quant_max
 
     def wanted(self) -> set[Ref]:
         """The values whose range is to be measured."""
@@ -204,7 +289,7 @@ class Lowering:
             if kind in ("product", "add", "mean"):
                 relu = self.relu_after(step) if kind != "mean" else None
                 found.add(relu.output if relu else step.output)
-        return found
+        return found - self.ranges.keys()
 
     # Rewriting
 
@@ -226,13 +311,32 @@ class Lowering:
             self.new.constants[self.same[key]] = Tensor(value)
         return self.same[key]
 
-    def as_bytes(self, ref: Ref, like: Step) -> tuple[Ref, np.ndarray, np.ndarray]:
-        if ref not in self.bytes:
-            scale, zero = self.ranges[ref]
-            q = self.emit("quantize_linear", (self.floats[ref], scale, zero), {"axis": 1}, like,
-                          "uint8")  # fmt: skip
-            self.bytes[ref] = q, scale, zero
-        return self.bytes[ref]
+    def as_bytes(
+        self, ref: Ref, like: Step, grid: Grid | None = None
+    ) -> tuple[Ref, np.ndarray, np.ndarray]:
+        """A value in its own range; or in a grid, if that is another."""
+        scale, zero = self.bytes[ref][1:] if ref in self.bytes else self.ranges[ref]
+        if grid is None or grid[:2] + grid[3:] == (scale, zero, self.most.get(ref, 255)):
+            if ref not in self.bytes:
+                self.put(ref, self.quantized(ref, scale, zero, like), like)
+            return self.bytes[ref]
+        key = ref, (grid.scale.item(), grid.zero_point.item(), grid.quant_max)
+        if key not in self.regridded:
+            q = self.quantized(ref, grid.scale, grid.zero_point, like)
+            self.regridded[key] = self.capped(q, grid.quant_max, like)
+        return self.regridded[key], grid.scale, grid.zero_point
+
+    def quantized(self, ref: Ref, scale: np.ndarray, zero: np.ndarray, like: Step) -> Ref:
+        given = self.as_float(ref, like), scale, zero
+        return self.emit("quantize_linear", given, {"axis": 1}, like, "uint8")
+
+    def put(self, ref: Ref, q: Ref, like: Step) -> None:
+        """A value is bytes in its own range now."""
+        self.bytes[ref] = self.capped(q, self.most.get(ref, 255), like), *self.ranges[ref]
+
+    def capped(self, q: Ref, most: int, like: Step) -> Ref:
+        """At most the largest integer of a grid of fewer than 8 bits."""
+        return q if most == 255 else self.emit("minimum", (q, np.uint8(most)), {}, like, "uint8")
 
     def as_float(self, ref: Ref, like: Step) -> Ref:
         if ref in self.graph.constants:
@@ -270,31 +374,37 @@ class Lowering:
         if step.op == "index_put" and zero != 0:  # it fills in zeros, which are z here
             return self.lower_float(step, result, relu)
         out = self.emit(step.op, (q,), step.settings, step, "uint8")
-        self.bytes[result] = out, scale, zero
+        self.bytes[result], self.most[result] = (out, scale, zero), self.most_of(step)
+
+    def most_of(self, step: Step) -> int:
+        return self.most.get(step.inputs[0], 255)
 
     def lower_relu(self, step: Step, result: Ref, relu: bool) -> None:
         q, scale, zero = self.as_bytes(step.inputs[0], step)
-        self.bytes[result] = self.emit("maximum", (q, zero), {}, step, "uint8"), scale, zero
+        out = self.emit("maximum", (q, zero), {}, step, "uint8")
+        self.bytes[result], self.most[result] = (out, scale, zero), self.most_of(step)
 
     def lower_mean(self, step: Step, result: Ref, relu: bool) -> None:
         q, scale, zero = self.as_bytes(step.inputs[0], step)
         new_scale, new_zero = self.ranges[result]
         inputs = (q, scale / new_scale, zero, new_zero)
-        out = self.emit("adaptive_avg_pool2d_integer", inputs, step.settings, step, "uint8")
-        self.bytes[result] = out, new_scale, new_zero
+        self.put(
+            result,
+            self.emit("adaptive_avg_pool2d_integer", inputs, step.settings, step, "uint8"),
+            step,
+        )
 
     def lower_add(self, step: Step, result: Ref, relu: bool) -> None:
         (a, a_scale, a_zero), (b, b_scale, b_zero) = (self.as_bytes(x, step) for x in step.inputs)
         scale, zero = self.ranges[result]
         inputs = (a, b, a_scale / scale, b_scale / scale, a_zero, b_zero, zero)
-        out = self.emit("add_integer", inputs, {"relu": relu}, step, "uint8")
-        self.bytes[result] = out, scale, zero
+        self.put(result, self.emit("add_integer", inputs, {"relu": relu}, step, "uint8"), step)
 
     def lower_product(self, step: Step, result: Ref, relu: bool) -> None:
-        x, x_scale, x_zero = self.as_bytes(step.inputs[0], step)
-        w = self.graph.constants[step.inputs[1]].numpy()
+        grid = self.learned[step.inputs[1]].input if step.inputs[1] in self.learned else None
+        x, x_scale, x_zero = self.as_bytes(step.inputs[0], step, grid)
+        q, w_scale = self.integers(step, self.graph.constants[step.inputs[1]].numpy())
         bias = step.inputs[2]
-        q, w_scale = quantize_weight(w, self.weight_bits, self.per_channel, step.layer)
         scale = (x_scale * w_scale).astype(np.float32)
         b = None
         if bias is not None:
@@ -318,8 +428,7 @@ class Lowering:
         if last:
             self.floats[result] = out
         else:
-            assert y_scale is not None and y_zero is not None
-            self.bytes[result] = out, y_scale, y_zero
+            self.put(result, out, step)
 
 
 def quantize_weight(
