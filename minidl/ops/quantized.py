@@ -306,7 +306,8 @@ def finishing(channels: int, scale: Any, bias: Any, zero_point: Any, relu: bool)
         scale = scale.reshape(-1)
         how["scale"] = scale if len(scale) == channels else scale.repeat(channels)
     if zero_point is not None:
-        how["dtype"], how["zero_point"] = zero_point.dtype.name, int(zero_point)
+        how["dtype"] = "int8" if zero_point.dtype.kind == "i" else "uint8"  # .name is slow
+        how["zero_point"] = int(zero_point)
     return how
 
 
@@ -314,7 +315,7 @@ def is_native(scale: Any, bias: Any, zero_point: Any, *arrays: Any) -> bool:
     """Whether the native kernel takes this call; the formula has the words if it is wrong."""
     return (
         all(is_packed(x) or (is_bytes(x) and x.size) for x in arrays)
-        and (scale is None or scale.dtype.name == "float32")
+        and (scale is None or scale.dtype == np.float32)
         and (zero_point is None or scale is not None)
         and (bias is None or bias.dtype.kind == "i" or (scale is not None and zero_point is None))
     )

@@ -28,12 +28,8 @@ import numpy as np
 
 import minidl
 from minidl import nn
-from minidl.ops.quantized import (
-    conv_integer,
-    matmul_integer,
-    pack_conv_integer,
-    pack_matmul_integer,
-)
+from minidl.op import registry
+from minidl.ops.quantized import pack_conv_integer, pack_matmul_integer
 from minidl.quantization.observers import OBSERVERS
 from minidl.quantization.packed import Packed, takes_packed
 from minidl.quantization.qat import TINY, Grid
@@ -499,18 +495,17 @@ class Quantized(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """The steps, with weights that are packed once."""
         constants = self.constants()
+        pack: dict[str, Any] = {
+            "conv_integer": lambda w, how: pack_conv_integer(w, groups=how["groups"]),
+            "matmul_integer": lambda w, how: pack_matmul_integer(w.T),
+        }
+        takes = {op for op in pack if takes_packed(registry[op], inputs[0])}
         for step in self.graph.steps:
-            if step.op == "conv_integer" and takes_packed(conv_integer, inputs[0]):
-                pack: Any = lambda w, groups=step.settings["groups"]: pack_conv_integer(  # noqa: E731
-                    w, groups=groups
-                )
-            elif step.op == "matmul_integer" and takes_packed(matmul_integer, inputs[0]):
-                pack = lambda w: pack_matmul_integer(w.T)  # noqa: E731
-            else:
-                continue
-            ref = step.inputs[1]
-            weight = getattr(self, f"c{ref.number}")
-            constants[ref] = self.packed.setdefault(ref, Packed()).of(weight, pack)
+            if step.op in takes:
+                ref = step.inputs[1]
+                weight = getattr(self, f"c{ref.number}")
+                packed = self.packed.setdefault(ref, Packed())
+                constants[ref] = packed.of(weight, pack[step.op], step.settings)
         with minidl.no_grad():
             return self.graph.run(inputs, constants=constants)
 
