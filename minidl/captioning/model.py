@@ -366,7 +366,10 @@ class ShowAttend(Decoder):
     def advance(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         *before, a, Ua = state
         h = before[0][-1]
-        e = additive_scores(Ua, self.W(h), self.w.weight)
+        if type(self.w) is nn.Linear:
+            e = additive_scores(Ua, self.W(h), self.w.weight)
+        else:  # quantized: its weight alone is not what it computes with
+            e = self.w(F.tanh(Ua + self.W(h).unsqueeze(1))).squeeze(2)
         alpha = F.softmax(e, dim=1)
         self.maps.append(alpha.array)
         z = F.sigmoid(self.beta(h)) * (alpha.unsqueeze(1) @ a).squeeze(1)
