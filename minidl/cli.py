@@ -391,6 +391,12 @@ def quantize(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Also draw accuracy against bits, 8 to 2.")
     ] = False,
+    microscope: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PAGE.html", help="Also write a page: where int8's error comes from, by layer."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="DTYPE/ in the run")
     ] = None,
@@ -431,6 +437,17 @@ def quantize(
         files.append("sweep.png")
     report.write(found, out / "quantize.json")
     screen.print(f"written to {out}/ ({', '.join(files)})")
+    if microscope is not None:
+        from minidl.quantization.microscope import look, page
+
+        with screen.status("looking at each layer ..."):
+            images = report.calibration(test_set, 256, batch_size=256)[0]
+            view = look(network, batches, images, per_channel=per_channel, observer=observer,
+                        skip=how["skip"], weight_bits=weight_bits)  # fmt: skip
+            page(view, microscope, f"{config['model']} on {config['data']}, in int8")
+        worst = view.worst()
+        screen.print(f"most noise on the scores: {worst.alone.decibels:.1f} dB, by {worst.name}; "
+                     f"written to {microscope}")  # fmt: skip
 
 
 @functools.partial(command, group=caption, name="train")

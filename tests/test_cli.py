@@ -331,8 +331,10 @@ def test_quantize(tmp_path):
 
     run = tmp_path / "run"
     assert call("train", "--epochs", 3, "--out", run)[0] == 0
-    code, output = call("quantize", run, "--sweep", "--calibrate", 100)
+    page = tmp_path / "page.html"
+    code, output = call("quantize", run, "--sweep", "--calibrate", 100, "--microscope", page)
     assert code == 0 and "predictions kept" in output and "2 bits" in output
+    assert "most noise on the scores" in output and "cnn on digits, in int8" in page.read_text()
     found = json.loads((run / "int8" / "quantize.json").read_text())
     assert found["agreement"] > 0.97 and len(found["sweep"]) == 7
     assert found["narrow"]["MiB"] < 0.35 * found["float32"]["MiB"]
