@@ -77,7 +77,10 @@ def fit(
     model: Captioner, train_set: Any, epochs: int, lr: float, val: Any = None, batch_size: int = 64,
     weight_decay: float = 0.0, together: bool = False,
 ) -> Fit:  # fmt: skip
-    """Adam, one cycle. With a validation set, the best epoch's weights are what remains."""
+    """Adam, one cycle. With a validation set, the best epoch's weights are what remains.
+
+    `together`: each image comes once an epoch, with all its captions; `batch_size` counts images.
+    """
     words = model.vocabulary
     loader = caption_loader(
         train_set, words, batch_size, shuffle=True, together=together, prefetch_thread=True
@@ -202,7 +205,7 @@ def words(args: argparse.Namespace) -> dict[str, Any]:
         minidl.manual_seed(0)
         tokens = vocabulary_of(train_set, kind)
         model = Captioner(Encoder(convolutions(WIDTHS, more=2)), ShowAttend(tokens, WIDTHS[-1] + 2))
-        fit(model, train_set, args.epochs or 6, 0.003, batch_size=32)
+        fit(model, train_set, args.epochs or 6, 0.003, batch_size=20, together=True)
         report = metrics.evaluate(model, test_set, beam=3)
         new = said = invented = 0
         for sentence, truth in zip(report.hypotheses, test_set.captions):
@@ -373,7 +376,7 @@ def flickr8k(args: argparse.Namespace) -> dict[str, Any]:
         if way == "fine-tuned":  # the frozen one learns on, all of it, at a tenth of the rate
             assert model is not None
             transfer.unfreeze(model, "encoder")
-            run = fit(model, splits.train, -(-epochs // 3), 0.0003, splits.val, weight_decay=0.01)
+            run = fit(model, splits.train, -(-epochs // 3), 0.0003, splits.val, 12, 0.01, True)
             parts: Any = splits
         else:
             minidl.manual_seed(0)
@@ -387,7 +390,8 @@ def flickr8k(args: argparse.Namespace) -> dict[str, Any]:
             if way != "from scratch":
                 transfer.freeze(model, "encoder")
                 parts = type(splits)(*(Annotated(model, part) for part in splits))
-            run = fit(model, parts.train, epochs, 0.003, parts.val, weight_decay=0.01)
+            how = (12, 0.01, True) if way == "from scratch" else (64, 0.01)
+            run = fit(model, parts.train, epochs, 0.003, parts.val, *how)
         report = metrics.evaluate(model, parts.test, beam=3)
         found[way] = {**report._asdict(), **run._asdict()}
         found[way]["hypotheses"] = report.hypotheses[:8]
