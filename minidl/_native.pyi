@@ -169,6 +169,10 @@ def recurrent_gradient(
     w_hh: NDArray[T],
     lengths: NDArray[int64] | None,
 ) -> tuple[NDArray[T], NDArray[T], NDArray[T]]: ...
+def additive_scores(u: NDArray[T], v: NDArray[T], w: NDArray[T]) -> NDArray[T]: ...
+def additive_scores_gradient(
+    g: NDArray[T], u: NDArray[T], v: NDArray[T], w: NDArray[T]
+) -> tuple[NDArray[T], NDArray[T], NDArray[T]]: ...
 def sgd(
     p: Sequence[NDArray[T]],
     g: Sequence[NDArray[T]],
