@@ -377,7 +377,12 @@ def quantize(
         Path | None,
         typer.Option(help="Folder with the data's files.", show_default="$MINIDL_DATA, or ./data"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="int8; float16 or bfloat16: weights only.")] = "int8",
+    dtype: Annotated[
+        str, typer.Option(help="int8; of weights only: int4, float16 or bfloat16.")
+    ] = "int8",
+    scheme: Annotated[
+        str, typer.Option(help="static: ranges from images; dynamic: at each call; weight_only.")
+    ] = "static",
     per_channel: Annotated[
         bool, typer.Option(help="A scale for each output channel of a weight, or one for all.")
     ] = True,
@@ -408,24 +413,26 @@ def quantize(
     network (model.safetensors), the table (quantize.json) and with --sweep a plot (sweep.png).
     """
     from minidl.quantization import report
+    from minidl.quantization.quantize import SCHEMES
 
     use_threads(threads)
     screen = console()
-    choose("dtype", dtype, ["int8", "float16", "bfloat16"])
+    choose("dtype", dtype, ["int8", "int4", "float16", "bfloat16"])
+    choose("scheme", scheme, list(SCHEMES))
     network, test_set, config = open_checkpoint(checkpoint, root)
     train_set, _ = open_data(config["data"], root, False, False)
     how: dict[str, Any] = {"per_channel": per_channel, "observer": observer, "skip": skip or []}
     batches = report.calibration(train_set, calibrate)
     with screen.status("quantizing ..."):
-        small = report.narrow(network, batches, dtype, weight_bits=weight_bits, **how)
+        small = report.narrow(network, batches, dtype, scheme, weight_bits=weight_bits, **how)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    out = out or folder / dtype
+    out = out or folder / (dtype if scheme == "static" else f"{dtype}-{scheme}")
     out.mkdir(parents=True, exist_ok=True)
     with screen.status("comparing on the test images ..."):
         rows = report.compare(network, small, test_set, out / "model.safetensors")
     screen.print(report.table(rows, f"{config['model']} on {config['data']}", dtype))
-    found = {"checkpoint": str(checkpoint), "dtype": dtype, "weight_bits": weight_bits, **how,
-             **rows}  # fmt: skip
+    found = {"checkpoint": str(checkpoint), "dtype": dtype, "scheme": scheme,
+             "weight_bits": weight_bits, **how, **rows}  # fmt: skip
     files = ["model.safetensors", "quantize.json"]
     if sweep:
         with screen.status("from 8 bits to 2 ..."):

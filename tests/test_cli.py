@@ -327,6 +327,7 @@ def test_attack_refuses(tmp_path):
 
 
 def test_quantize(tmp_path):
+    import minidl
     from minidl.quantization import Quantized
 
     run = tmp_path / "run"
@@ -342,8 +343,16 @@ def test_quantize(tmp_path):
     assert Quantized.load(run / "int8" / "model.safetensors").graph.steps
     code, output = call("quantize", run, "--dtype", "float16", "--out", tmp_path / "half")
     assert code == 0 and "float16" in output
+    for scheme, dtype in (("dynamic", "int8"), ("weight_only", "int4")):
+        code, output = call("quantize", run, "--scheme", scheme, "--dtype", dtype)
+        assert code == 0 and "predictions kept" in output
+        found = json.loads((run / f"{dtype}-{scheme}" / "quantize.json").read_text())
+        assert found["scheme"] == scheme and found["agreement"] > 0.9
+        assert minidl.load(run / f"{dtype}-{scheme}" / "model.safetensors")
     for arguments, words in (
-        (["--dtype", "int9"], "int8, float16"),
+        (["--scheme", "statik"], "static, dynamic"),
+        (["--dtype", "int4"], "the static scheme makes int8, not 'int4'"),
+        (["--dtype", "int9"], "int8, int4, float16"),
         (["--observer", "largest"], "expected one of minmax"),
         (["--skip", "conv9"], "has no layer 'conv9'"),
     ):

@@ -29,11 +29,13 @@ def calibration(dataset: Any, count: int, batch_size: int = 64) -> list[Any]:
     return [x for x, _ in DataLoader(some, batch_size)]
 
 
-def narrow(model: nn.Module, batches: Sequence[Any], dtype: str, **how: Any) -> nn.Module:
-    """`quantize` for int8, `half` for 16 bits."""
-    if dtype == "int8":
-        return quantize(model, batches, **how)
-    return half(model, dtype)
+def narrow(
+    model: nn.Module, batches: Sequence[Any], dtype: str, scheme: str, **how: Any
+) -> nn.Module:
+    """`quantize` for int8 and int4, `half` for 16 bits."""
+    if dtype in ("float16", "bfloat16"):
+        return half(model, dtype)
+    return quantize(model, batches, dtype, scheme=scheme, **how)
 
 
 def predictions(model: nn.Module, dataset: Any) -> np.ndarray:
