@@ -11,6 +11,8 @@ A *run* is a folder:
 that takes the old one's place: whenever the process dies, there is a whole checkpoint. It holds
 everything that the rest of the run depends on, so a resumed run ends with the same bits as one
 that was never stopped.
+
+Under mpirun, with a `distributed.DataParallel`, all ranks train and rank 0 keeps the run.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ import minidl
 from minidl import nn
 from minidl.amp import GradScaler, autocast
 from minidl.backend import random
+from minidl.distributed import Communicator, DataParallel, ZeroRedundancyOptimizer
+from minidl.distributed.data_parallel import own_random_numbers
 from minidl.nn import functional as F
 from minidl.serialization import atomic_path
 from minidl.tensor import Tensor
@@ -73,6 +77,14 @@ class Evaluation(NamedTuple):
 
     loss: float
     accuracy: float
+
+    @staticmethod
+    def of(counts: Iterable[float]) -> Evaluation:
+        """From the numbers of samples, the sum of their losses and the number of right answers."""
+        samples, loss_sum, right = map(float, counts)
+        if samples == 0:
+            raise ValueError("nothing to evaluate: the loader gave no batch")
+        return Evaluation(loss_sum / samples, right / samples)
 
 
 class NonFiniteError(ArithmeticError):
@@ -113,9 +125,11 @@ def train(
     """Train a classifier, and leave a run in the folder `out`.
 
     Args:
-        model: on its device; batches are moved there.
-        train_loader: a `DataLoader` (or what has its `state_dict`) of (images, labels).
-        test_loader: what to evaluate on after each epoch.
+        model: on its device; batches are moved there. In a `DataParallel`, all its ranks call this
+            together, and have `out` in common; what the run's files hold is the network inside.
+        train_loader: a `DataLoader` (or what has its `state_dict`) of (images, labels); of several
+            ranks each has its own share of every batch (`DistributedBatchSampler`).
+        test_loader: what to evaluate on after each epoch; of several ranks, each its share.
         optimizer: over the model's parameters.
         scheduler: of the learning rate; stepped after every *batch*.
         epochs: in all, also where the run is resumed.
@@ -128,30 +142,44 @@ def train(
             compared when the run is resumed.
         checkpoint_seconds: write ``last.safetensors`` within an epoch after so many seconds.
         on_step: called after each batch with the progress and the learning rate.
-        on_epoch: called after each epoch with its record.
+        on_epoch: called after each epoch with its record. (Both on every rank, if not None.)
 
     Returns:
         The log: a record for each epoch, also of those before the run was resumed.
 
     Raises:
         RunError: `out` holds a run, and neither `resume` nor `overwrite` is given; or the run
-            that it holds is not this one.
+            that it holds is not this one; or ranks find different runs there.
         NonFiniteError: the loss or a weight is infinite or NaN; the checkpoints stay as they were.
         Interrupted: by Ctrl-C or SIGTERM (a `KeyboardInterrupt`); there is a checkpoint.
     """
     folder = Path(out)
-    config = {**describe(model, train_loader, test_loader, optimizer, scheduler), "amp": amp,
-              **(config or {})}  # fmt: skip
+    ranks: Communicator | None = None
+    network = model
+    if isinstance(model, DataParallel):
+        network = model.module
+        ranks = model.communicator if model.communicator.world_size > 1 else None
+    seen = describe(network, train_loader, test_loader, optimizer, scheduler)
+    config = {**seen, "amp": amp, **(config or {})}
     device = next(iter(model.parameters())).device
     progress = Progress()
     scaler = GradScaler(enabled=amp == "float16")  # bfloat16 reaches as far down as float32
 
+    def test(batches: int | None = None) -> Evaluation:
+        counts = count(network, test_loader, loss_function, batches)
+        return Evaluation.of(gather(ranks, *counts).sum(axis=0))
+
     def checkpoint(*names: str) -> None:
-        check_weights(model, progress)
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            optimizer.consolidate_state_dict()
+        on_first(ranks, lambda: save(names))
+
+    def save(names: tuple[str, ...]) -> None:
+        check_weights(network, progress)
         state = {
             "config": config,
             "progress": asdict(progress),
-            "model": model.state_dict(),
+            "model": network.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict() if scheduler else {},
             "scaler": scaler.state_dict(),
@@ -162,22 +190,32 @@ def train(
             minidl.save(state, folder / name)
 
     # Everything that can be refused is refused before anything is deleted.
-    state = open_run(folder, config, resume, overwrite)
-    evaluate(model, test_loader, loss_function, batches=1)
+    state = None
+    on_first(ranks, lambda: open_run(folder, config, resume, overwrite))
+    if resume:
+        state = open_run(folder, config, resume, overwrite)
+    if not same_run(ranks, state):
+        raise RunError(
+            f"ranks find different runs in {folder}: it must be one folder, on a file system that "
+            "all of them share"
+        )
+    test(batches=1)
     if state is not None:
-        model.load_state_dict(state["model"])
+        network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if scheduler:
             scheduler.load_state_dict(state["scheduler"])
         scaler.load_state_dict(state.get("scaler", {}))
         random.default_generator.load_state_dict(state["random"])
+        if ranks:
+            own_random_numbers(ranks)
         train_loader.load_state_dict(state["loader"])
         progress = Progress(**state["progress"])
     else:
-        clear_run(folder)
+        on_first(ranks, lambda: clear_run(folder))
         checkpoint("last.safetensors")  # a full disk shows now, not after an hour
-    clear_parts(folder)
-    write_log(folder, progress.log)
+    on_first(ranks, lambda: clear_parts(folder))
+    on_first(ranks, lambda: write_log(folder, progress.log))
 
     with signals_noted() as stopped:
         while progress.epoch <= epochs:
@@ -185,13 +223,21 @@ def train(
             started = saved = time.perf_counter()
             for images, labels in train_loader:
                 images, labels = images.to(device), labels.to(device)
-                with autocast(dtype=amp or "float16", enabled=amp is not None):
+                n = len(labels)  # 0: there are more ranks than images
+                with (
+                    autocast(dtype=amp or "float16", enabled=amp is not None),
+                    np.errstate(invalid="warn" if n else "ignore"),
+                ):
                     loss = loss_function(model(images), labels)
-                value = loss.item()
-                check_loss(value, progress, optimizer)
+                value = loss.item() if n else 0.0
+                if ranks is None:
+                    check_loss(value, progress, optimizer)
 
                 optimizer.zero_grad()
-                scaler.scale(loss).backward()
+                try:
+                    scaler.scale(loss).backward()
+                except FloatingPointError as error:  # `DataParallel`, which knows the rank
+                    check_loss(math.nan, progress, optimizer, f": {error}")
                 if max_grad_norm is not None:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -202,49 +248,56 @@ def train(
                     scheduler.step()
 
                 now = time.perf_counter()
+                due = now - saved >= checkpoint_seconds
+                rows = gather(ranks, value * n, n, due, *stopped[:1] or [0])
+                samples, due = int(rows[:, 1].sum()), bool(rows[0, 2])
+                signum, loss_sum = int(rows[:, 3].max()), float(rows[:, 0].sum())
+                check_loss(loss_sum, progress, optimizer)
                 progress.step += 1
-                progress.samples += len(labels)
-                progress.loss_sum += value * len(labels)
+                progress.samples += samples
+                progress.loss_sum += loss_sum
                 progress.seconds += now - started
                 started = now
                 if on_step:
                     on_step(progress, lr)
-                if stopped or now - saved >= checkpoint_seconds:
+                if ranks is None and stopped:
+                    signum = stopped[0]
+                if signum or due:
                     checkpoint("last.safetensors")
                     saved = now
-                if stopped:
-                    raise Interrupted(stopped[0], folder / "last.safetensors")
+                if signum:
+                    raise Interrupted(signum, folder / "last.safetensors")
 
             started = time.perf_counter()
-            test = evaluate(model, test_loader, loss_function)
-            if not math.isfinite(test.loss):
-                raise NonFiniteError(f"the test loss is {test.loss} after epoch {progress.epoch}")
+            found = test()
+            if not math.isfinite(found.loss):
+                raise NonFiniteError(f"the test loss is {found.loss} after epoch {progress.epoch}")
             record = {
                 "epoch": progress.epoch,
                 "train_loss": progress.loss_sum / max(progress.samples, 1),
-                "test_loss": test.loss,
-                "test_accuracy": test.accuracy,
+                "test_loss": found.loss,
+                "test_accuracy": found.accuracy,
                 "seconds": round(progress.seconds + time.perf_counter() - started, 3),
                 "lr": lr if progress.samples else learning_rate(optimizer),
                 "steps": progress.step,
                 "images_per_second": round(progress.samples / max(progress.seconds, 1e-9), 1),
             }
             progress.log.append(record)
-            best = test.accuracy > progress.best_accuracy
-            progress.best_accuracy = max(test.accuracy, progress.best_accuracy)
+            best = found.accuracy > progress.best_accuracy
+            progress.best_accuracy = max(found.accuracy, progress.best_accuracy)
             progress.next_epoch()
             # "last" comes last: if killed before it, the epoch's end is done again, to the same.
             checkpoint(*["best.safetensors"] * best, "last.safetensors")
-            write_log(folder, progress.log)
+            on_first(ranks, lambda: write_log(folder, progress.log))
             if on_epoch:
                 on_epoch(record)
-            if stopped and progress.epoch <= epochs:
-                raise Interrupted(stopped[0], folder / "last.safetensors")
-    plot(progress.log, folder / "curves.png")
+            signum = int(gather(ranks, *stopped[:1] or [0]).max())
+            if signum and progress.epoch <= epochs:
+                raise Interrupted(signum, folder / "last.safetensors")
+    on_first(ranks, lambda: plot(progress.log, folder / "curves.png"))
     return progress.log
 
 
-@minidl.no_grad()
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],
@@ -259,12 +312,22 @@ def evaluate(
     Raises:
         ValueError: the loader gave nothing.
     """
+    return Evaluation.of(count(model, loader, loss_function, batches))
+
+
+@minidl.no_grad()
+def count(
+    model: nn.Module, loader: Iterable[Any], loss_function: Loss, batches: int | None
+) -> tuple[int, float, int]:
+    """What `evaluate` divides: samples, the sum of their losses, right answers."""
     was_training = model.training
     model.eval()
     device = next(iter(model.parameters())).device
     samples, loss_sum, right = 0, 0.0, 0
     try:
         for images, labels in itertools.islice(loader, batches):
+            if not len(labels):
+                continue  # of several ranks
             labels = labels.to(device)
             logits = model(images.to(device))
             loss_sum += loss_function(logits, labels).item() * len(labels)
@@ -272,9 +335,38 @@ def evaluate(
             samples += len(labels)
     finally:
         model.train(was_training)
-    if samples == 0:
-        raise ValueError("nothing to evaluate: the loader gave no batch")
-    return Evaluation(loss_sum / samples, right / samples)
+    return samples, loss_sum, right
+
+
+# Several ranks ----------------------------------------------------------------------------
+
+
+def gather(ranks: Communicator | None, *numbers: float) -> np.ndarray:
+    """A row of numbers from each rank: (ranks, numbers); without ranks just this one."""
+    row = np.array(numbers, np.float64)
+    return row[None] if ranks is None else np.asarray(ranks.all_gather(row))
+
+
+def on_first(ranks: Communicator | None, action: Callable[[], Any]) -> None:
+    """Do something on rank 0, while the others wait. What it raises there is raised on all."""
+    error: Exception | None = None
+    if ranks is None or ranks.rank == 0:
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    if ranks is not None:
+        theirs = ranks.all_gather_object(error)[0]
+        error = error or theirs
+    if error is not None:
+        raise error
+
+
+def same_run(ranks: Communicator | None, state: dict[str, Any] | None) -> bool:
+    """Whether all ranks go on from the same checkpoint, or all from none."""
+    progress = {"epoch": 0, "step": 0} if state is None else state["progress"]
+    rows = gather(ranks, progress["epoch"], progress["step"])
+    return bool((rows == rows[0]).all())
 
 
 # A run's folder ---------------------------------------------------------------------------
@@ -386,13 +478,13 @@ def learning_rate(optimizer: Any) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def check_loss(value: float, progress: Progress, optimizer: Any) -> None:
+def check_loss(value: float, progress: Progress, optimizer: Any, reason: str = "") -> None:
     if not math.isfinite(value):
         raise NonFiniteError(
             f"the loss is {value} at step {progress.step + 1} of epoch {progress.epoch}, learning "
-            f"rate {learning_rate(optimizer):.3g}. The steps were probably too long: start again "
-            "with a lower learning rate (--lr) or clipped gradients (--max-grad-norm 1), and check "
-            "that the data are finite. The checkpoints are as they were before"
+            f"rate {learning_rate(optimizer):.3g}{reason}. The steps were probably too long: start "
+            "again with a lower learning rate (--lr) or clipped gradients (--max-grad-norm 1), and "
+            "check that the data are finite. The checkpoints are as they were before"
         )
 
 

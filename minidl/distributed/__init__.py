@@ -47,7 +47,7 @@ __all__ = [
     "DataParallel", "DistributedBatchSampler", "DistributedSampler", "Mesh", "Message", "Pipeline",
     "RowParallelConv2d", "RowParallelLinear", "SyncBatchNorm", "VocabParallelEmbedding", "Work",
     "ZeroRedundancyOptimizer", "communicator", "full_state_dict", "init", "init_mesh",
-    "load_full_state_dict", "rank", "simulate", "split_sequential", "world_size",
+    "is_initialized", "load_full_state_dict", "rank", "simulate", "split_sequential", "world_size",
 ]  # fmt: skip
 
 # How many ranks there are: Open MPI; MPICH and Intel MPI; MVAPICH; Slurm's srun.
@@ -92,6 +92,11 @@ def init(check: bool | None = None, timeout: float = 1800, patience: float = 2.0
                 check = os.environ.get("MINIDL_DIST_CHECK", "1") != "0"
             _world = world(check, timeout, patience)
     return _world
+
+
+def is_initialized() -> bool:
+    """Whether `init` was called."""
+    return _world is not None or getattr(here, "communicator", None) is not None
 
 
 def communicator() -> Communicator:

@@ -133,7 +133,7 @@ class DataParallel(Module):
 
         check_alike(module, self.communicator)
         share([*module.parameters(), *module.buffers()], self.communicator)
-        default_generator.calls += self.communicator.rank << 40
+        own_random_numbers(self.communicator)
 
         self.buckets = [Bucket(n, self.learned) for n in cut(self.learned, bucket_cap_mb)]
         self.place = {i: (b, v) for b in self.buckets for i, v in zip(b.numbers, b.views)}
@@ -285,6 +285,11 @@ class DataParallel(Module):
         """The sum has the NaNs of all ranks."""
         names = [name for i, name in enumerate(self.names) if not finite(self.place[i][1])]
         return f", of {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
+
+
+def own_random_numbers(communicator: Communicator) -> None:
+    """Have each rank draw other random numbers than the others, though all have one seed."""
+    default_generator.calls += communicator.rank << 40
 
 
 def cut(parameters: Sequence[Tensor], cap_mb: float) -> list[list[int]]:
