@@ -20,6 +20,7 @@ import pytest
 
 import minidl
 from minidl import autograd, backend, models, nn, optim, use
+from minidl.amp import GradScaler, MasterWeights, autocast
 from minidl.data import DataLoader, Digits
 from minidl.nn import functional as F
 from minidl.onnx import operators
@@ -339,6 +340,42 @@ def test_a_small_network_learns_as_on_the_cpu(tmp_path: Any) -> None:
     for name, tensor in model.state_dict().items():
         assert loaded[name].is_cuda
         np.testing.assert_array_equal(loaded[name].cpu().numpy(), tensor.cpu().numpy())
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_mixed_precision_learns_as_on_the_cpu(halved: bool) -> None:
+    """float16 under autocast, with a scaled loss; and with float16 weights and their masters."""
+    losses: dict[str, list[float]] = {}
+    for device in ("cpu", "cuda"):
+        minidl.manual_seed(0)
+        layers = [
+            nn.Conv2d(1, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(288, 10),
+        ]
+        model = nn.Sequential(*layers).to(device)
+        if halved:
+            model.half()
+        optimizer: optim.Optimizer = optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        optimizer = MasterWeights(optimizer) if halved else optimizer
+        scaler = GradScaler(init_scale=2.0**10)
+        losses[device] = []
+        for images, labels in [
+            b for b, _ in zip(DataLoader(Digits(), 16, device=device), range(5))
+        ]:
+            optimizer.zero_grad()
+            with autocast(device, "float16"):
+                scores = model(images)
+                loss = F.cross_entropy(scores, labels)
+            assert scores.dtype == np.float16 and scores.device.type == device
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses[device].append(loss.item())
+        assert {p.dtype.name for p in model.parameters()} == {"float16" if halved else "float32"}
+    np.testing.assert_allclose(losses["cuda"], losses["cpu"], rtol=0.01)
 
 
 def test_training_runs(tmp_path: Any) -> None:
