@@ -108,6 +108,14 @@ def test_a_value_that_several_read(how: dict[str, Any]) -> None:
                        qat.b.input_fake_quantize)}  # fmt: skip
 
 
+def test_a_sum_too_long_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 70_000), nn.ReLU(), nn.Linear(70_000, 1))
+    with pytest.raises(ValueError, match="70000 products may not fit in 32 bits") as error:
+        quantize(model, [minidl.rand(2, 3)])
+    assert error.value.__notes__ == ["in layer '2': leave it in float with skip="]
+    assert quantize(model, [minidl.rand(2, 3)], skip=["2"])
+
+
 def test_what_was_not_trained_is_calibrated_and_equalising_is_refused() -> None:
     x, _ = batch()
     model = convert(trained_a_little())

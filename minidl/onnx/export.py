@@ -654,6 +654,15 @@ def _(w: Writer, step: Step) -> str:
     return w.node("Relu", w.real(step.inputs[0]))
 
 
+@rule("minimum", table=REALS)
+def _(w: Writer, step: Step) -> str:
+    """What fewer than 8 bits end at."""
+    x, most = step.inputs
+    zero, scale = w.array(w.zeros[x]), w.array(w.graph.scales[x])
+    top = (int(w.array(most)) - int(zero)) * scale
+    return w.node("Min", w.real(x), w.constant(np.asarray(top, np.float32)))
+
+
 @rule("add_integer", table=REALS)
 def _(w: Writer, step: Step) -> str:
     y = w.node("Add", *map(w.real, step.inputs[:2]))

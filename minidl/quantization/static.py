@@ -19,6 +19,7 @@ A network from `qat.convert` has its scales already: those that it was trained w
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ import numpy as np
 import minidl
 from minidl import nn
 from minidl.op import registry
-from minidl.ops.quantized import pack_conv_integer, pack_matmul_integer
+from minidl.ops.quantized import expect_sum_fits, pack_conv_integer, pack_matmul_integer
 from minidl.quantization.observers import OBSERVERS
 from minidl.quantization.packed import Packed, takes_packed
 from minidl.quantization.qat import TINY, Grid
@@ -312,15 +313,16 @@ class Lowering:
     ) -> tuple[Ref, np.ndarray, np.ndarray]:
         """A value in its own range; or in a grid, if that is another."""
         scale, zero = self.bytes[ref][1:] if ref in self.bytes else self.ranges[ref]
-        if grid is None or grid[:2] + grid[3:] == (scale, zero, self.most.get(ref, 255)):
+        own = scale.item(), zero.item(), self.most.get(ref, 255)
+        wanted = (grid.scale.item(), grid.zero_point.item(), grid.quant_max) if grid else own
+        if grid is None or wanted == own:
             if ref not in self.bytes:
                 self.put(ref, self.quantized(ref, scale, zero, like), like)
             return self.bytes[ref]
-        key = ref, (grid.scale.item(), grid.zero_point.item(), grid.quant_max)
-        if key not in self.regridded:
+        if (ref, wanted) not in self.regridded:
             q = self.quantized(ref, grid.scale, grid.zero_point, like)
-            self.regridded[key] = self.capped(q, grid.quant_max, like)
-        return self.regridded[key], grid.scale, grid.zero_point
+            self.regridded[ref, wanted] = self.capped(q, grid.scale, grid.quant_max, like)
+        return self.regridded[ref, wanted], grid.scale, grid.zero_point
 
     def quantized(self, ref: Ref, scale: np.ndarray, zero: np.ndarray, like: Step) -> Ref:
         given = self.as_float(ref, like), scale, zero
@@ -328,11 +330,17 @@ class Lowering:
 
     def put(self, ref: Ref, q: Ref, like: Step) -> None:
         """A value is bytes in its own range now."""
-        self.bytes[ref] = self.capped(q, self.most.get(ref, 255), like), *self.ranges[ref]
+        scale, zero = self.ranges[ref]
+        self.bytes[ref] = self.capped(q, scale, self.most.get(ref, 255), like), scale, zero
 
-    def capped(self, q: Ref, most: int, like: Step) -> Ref:
+    def capped(self, q: Ref, scale: np.ndarray, most: int, like: Step) -> Ref:
         """At most the largest integer of a grid of fewer than 8 bits."""
-        return q if most == 255 else self.emit("minimum", (q, np.uint8(most)), {}, like, "uint8")
+        self.new.scales[q] = self.constant(scale)
+        if most == 255:
+            return q
+        out = self.emit("minimum", (q, np.uint8(most)), {}, like, "uint8")
+        self.new.scales[out] = self.constant(scale)
+        return out
 
     def as_float(self, ref: Ref, like: Step) -> Ref:
         if ref in self.graph.constants:
@@ -400,6 +408,11 @@ class Lowering:
         grid = self.learned[step.inputs[1]].input if step.inputs[1] in self.learned else None
         x, x_scale, x_zero = self.as_bytes(step.inputs[0], step, grid)
         q, w_scale = self.integers(step, self.graph.constants[step.inputs[1]].numpy())
+        try:
+            expect_sum_fits(math.prod(q.shape[1:]), x_zero, x_zero, q, None)
+        except ValueError as error:
+            error.add_note(f"in layer {step.layer!r}: leave it in float with skip=")
+            raise
         bias = step.inputs[2]
         scale = (x_scale * w_scale).astype(np.float32)
         b = None

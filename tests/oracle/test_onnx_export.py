@@ -14,7 +14,7 @@ from minidl import models, nn
 from minidl.onnx import export
 from minidl.onnx.export import RULES, Writer
 from minidl.op import registry
-from minidl.quantization import quantize
+from minidl.quantization import convert, prepare_qat, quantize
 from minidl.tensor import Tensor
 from minidl.trace import Graph, Ref, Step
 
@@ -119,3 +119,22 @@ def test_integer_networks(name: str, per_channel: bool, tmp_path: Path) -> None:
     assert (found.argmax(1) == y.argmax(1)).all()
     (found,) = run(str(tmp_path / "q.onnx"), images.numpy(), optimized=False)
     assert np.abs(found - y).mean() < 0.5 * noise.mean()
+
+
+@pytest.mark.parametrize("bits", [8, (4, 4)])
+@pytest.mark.parametrize("norm", [True, False])
+def test_integers_that_were_trained(bits: Any, norm: bool, tmp_path: Path) -> None:
+    """Scales from quantization-aware training; a grid of fewer than 8 bits ends where it ended."""
+    minidl.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5),
+    )  # fmt: skip
+    x = minidl.randn(40, 3, 16, 16)
+    qat = prepare_qat(model, bits, batches=1)
+    qat(x[:20] / 2)  # so that some of x is beyond the grid
+    quantized = quantize(convert(qat), [x])
+    export(quantized, x[:2], tmp_path / "q.onnx")
+    (found,) = run(str(tmp_path / "q.onnx"), x.numpy())
+    y, rough = quantized(x).numpy(), convert(qat)(x).numpy()
+    assert np.abs(found - y).mean() < 0.1 * np.abs(rough - y).mean()
