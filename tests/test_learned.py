@@ -10,7 +10,7 @@ import pytest
 import minidl
 import minidl.nn.functional as F
 from minidl import nn
-from minidl.quantization import convert, prepare_qat, quantize
+from minidl.quantization import convert, fuse, prepare_qat, quantize
 from tests.test_qat import HOW, batch, fit, trained_a_little
 from tests.test_quantize import snr
 
@@ -72,6 +72,22 @@ def test_integers_as_they_were_trained(how: dict[str, Any], norm: bool) -> None:
     off = np.abs(exact - found).max(axis=1) / np.abs(exact).max()
     assert (off < 1e-5).mean() > 0.8 and snr(exact, found) > 40
     assert (exact.argmax(1) == found.argmax(1)).mean() > 0.99
+
+
+@pytest.mark.parametrize("groups", [None, [["0", "1"], ["3", "4"]]])
+@pytest.mark.parametrize("how", [{"bits": 4}, {"learned": True, "per_channel": False}])
+def test_batch_norms_folded_before(how: dict[str, Any], groups: Any) -> None:
+    """`fuse` gives the same integers as `quantize` does by itself, ReLU included."""
+    model: Any = convert(trained_a_little(True, **how))
+    model[1].weight.array[:3] *= -1
+    x, _ = batch(100)
+    small, other = (quantize(m, [x]) for m in (model, fuse(model, groups)))
+    found, again = (
+        [small.graph.constants[s.inputs[1]].numpy() for s in products(small)]
+        for small in (small, other)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+    np.testing.assert_allclose(other(x).numpy(), small(x).numpy(), atol=1e-2)
 
 
 class Branches(nn.Module):

@@ -8,6 +8,11 @@ The sum is one of small integers, exact in 32 bits; between the layers there are
 comes: the way for recurrent networks, whose values differ from step to step and from sentence to
 sentence. The price is a look at x before each product, and that all of a batch share one s_x (as in
 ONNX's DynamicQuantizeLinear): what a row becomes depends a little on the others.
+
+    small = quantize(model, scheme="dynamic")
+    minidl.save(small.state_dict(), "small.safetensors")
+    again = quantize(Model(), scheme="dynamic")           # any weights: they are loaded
+    again.load_state_dict(minidl.load("small.safetensors"))
 """
 
 from __future__ import annotations

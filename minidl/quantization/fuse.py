@@ -131,6 +131,9 @@ def folded(names: Sequence[str], conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv
     weight = conv.weight.numpy().astype(np.float64) * scale[:, None, None, None]
     conv.weight = nn.Parameter(Tensor(weight.astype(dtype)).to(device))
     conv.bias = nn.Parameter(Tensor(bias.astype(dtype)).to(device))
+    if grid := getattr(conv, "weight_grid", None):  # of `convert`: the same integers
+        steps = (grid.scale * scale).astype(np.float32)
+        conv.weight_grid = grid._replace(scale=steps, zero_point=np.zeros(len(steps), np.int8))
     return conv
 
 

@@ -66,6 +66,11 @@ def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
     """
     learned = {} if learned is None else learned
     graph = graph.copy()
+    for i, step in reversed([*enumerate(graph.steps)]):
+        if step.op == "conv2d_relu":  # of `fuse`: two steps again, which may become one
+            sums = graph.new_ref()
+            relu = replace(step, op="relu", inputs=(sums,), settings={})
+            graph.steps[i : i + 1] = [replace(step, op="conv2d", output=sums), relu]
     for step in list(graph.steps):
         if step.op not in PRODUCTS or not constant_weights(graph, step):
             continue
@@ -112,14 +117,14 @@ class Learned(NamedTuple):
     scale: np.ndarray
     input: Grid
 
-    def times(self, a: np.ndarray) -> Learned:
-        """Of the weights a_j w_j: the same integers. (Of a negative a_j they change their sign,
-        unless one of them is -128, which has no negative: then the scale is negative.)"""
+    def times(self, a: Any) -> Learned:
+        """Of the weights a_j w_j: the same integers. (Where the scale were negative they change
+        their sign, unless one of them is -128, which has no negative.)"""
         axes = tuple(range(1, self.q.ndim))
-        a = np.broadcast_to(a.astype(np.float64), len(self.q))
-        flip = (a < 0) & (self.q.min(axis=axes, initial=0) > -128)
+        scale = self.scale * np.asarray(a, np.float64)
+        flip = (scale < 0) & (self.q.min(axis=axes, initial=0) > -128)
         sign = np.where(flip, -1, 1)
-        scale = (self.scale * a * sign).astype(np.float32)
+        scale = (scale * sign).astype(np.float32)
         scale[np.abs(scale) < TINY] = TINY
         return self._replace(q=self.q * sign.reshape(-1, *[1] * len(axes)).astype(np.int8),
                              scale=scale)  # fmt: skip
@@ -135,7 +140,7 @@ def learned(model: nn.Module, graph: Graph) -> dict[Ref, Learned]:
             w, s = layer.weight.numpy(), layer.weight_grid.scale
             scale = np.broadcast_to(s, len(w)).astype(np.float32)
             q = np.rint(w / scale.reshape(-1, *[1] * (w.ndim - 1))).astype(np.int8)
-            found[ref] = Learned(q, scale, layer.input_grid)
+            found[ref] = Learned(q, scale, layer.input_grid).times(1)
     return found
 
 
