@@ -547,6 +547,14 @@ WRONG = {
         """,
         ["no rank can go on", "rank 0 waits in allreduce.*:7", "rank 1 has ended"],
     ),
+    "one goes on to something else": (
+        """
+        for step in range(3 - c.rank):
+            net(x).mean().backward()
+        c.barrier()
+        """,
+        ["no rank can go on", "rank 0 waits in allreduce.*:7", "rank 1 waits in barrier.*:8"],
+    ),
 }  # fmt: skip
 
 HEAD = """

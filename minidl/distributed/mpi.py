@@ -7,18 +7,21 @@ Three things are added to MPI:
 - *Agreement.* Before a collective call each rank tells its right neighbour what it is about to do.
   If every rank agrees with its left neighbour, all agree. A message has its description sent ahead.
 - *Watching.* A rank that waits long says so to all, and hears who else waits. A circle of ranks
-  that wait for one another, or for one that has ended, is an error with every rank's place in it.
+  that wait for one another, or for one that has ended, is an error with every rank's place in it;
+  also where they wait in calls of different communicators.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import queue
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,20 +40,25 @@ AGREE, NOTE, HEADER = 1, 2, 16  # tags of control messages; a message's header a
 NATIVE = "bBhHiIlLqQfd"  # dtypes that MPI adds up; the sum of others is made by each rank
 POLITE = 2e-4  # seconds that the thread sleeps between two looks
 
+Name = tuple[int, ...]  # of a communicator: the same on all its ranks
 Until = Callable[[Callable[[], bool], "Status"], None]
 
 
 class Status(NamedTuple):
-    """What a rank that waits tells the others."""
+    """What a rank that waits tells the others. Ranks are those of the world."""
 
-    number: int  # counts this rank's waits
     kind: str  # "collective", "recv", "send", "transfer"; "goes on", "ended"
-    of: int  # of recv and send: the other rank; of a collective call: its number
-    posted: int  # collective calls that it has made, be they over or not
-    call: str
+    call: str = ""
+    of: int = 0  # of recv and send: the other rank; of a collective call: its number
+    name: Name = ()  # of a collective call: its communicator, and ...
+    members: tuple[int, ...] = ()  # ... the ranks of that
+    number: int = 0  # counts this rank's waits
+    posted: Mapping[Name, int] = MappingProxyType(
+        {}
+    )  # collective calls made by communicator, be they over or not
 
 
-def stuck(me: int, states: dict[int, Status], world_size: int) -> list[int]:
+def stuck(me: int, states: dict[int, Status]) -> list[int]:
     """The ranks through which `me` waits for one that never comes, or [] while there is hope.
 
     Each waits for *all* it waits for, so one way into a circle, or to a rank that has ended, is
@@ -62,8 +70,8 @@ def stuck(me: int, states: dict[int, Status], world_size: int) -> list[int]:
         if state is None:  # it computes
             return []
         if state.kind == "collective":
-            others = [r for r in range(world_size) if r in states and r != rank]
-            return [r for r in others if states[r].posted < state.of]
+            others = [r for r in state.members if r in states and r != rank]
+            return [r for r in others if states[r].posted.get(state.name, 0) < state.of]
         return [state.of] if state.kind in ("recv", "send") else []
 
     def search(path: list[int]) -> list[int]:
@@ -77,18 +85,68 @@ def stuck(me: int, states: dict[int, Status], world_size: int) -> list[int]:
     return search([me])
 
 
+class Watch:
+    """What this process tells and hears while it waits, whatever the communicator."""
+
+    def __init__(self) -> None:
+        self.control = MPI.COMM_WORLD.Dup()
+        self.rank, self.world_size = self.control.Get_rank(), self.control.Get_size()
+        self.states: dict[int, Status] = {}  # of the ranks that wait, as far as they have said so
+        self.posted: dict[Name, int] = {}
+        self.waits = 0
+        self.notes: list[Any] = []  # requests of notes on their way
+
+    def tell(self, status: Status) -> None:
+        status = status._replace(number=self.waits, posted=dict(self.posted))
+        self.notes = [request for request in self.notes if not request.Test()]
+        for other in range(self.world_size):
+            if other != self.rank:
+                self.notes.append(self.control.isend((self.rank, status), other, NOTE))
+        self.states[self.rank] = status
+
+    def hear(self) -> None:
+        while (message := self.control.improbe(MPI.ANY_SOURCE, NOTE)) is not None:
+            rank, status = message.recv()
+            self.states[rank] = status
+        self.states = {r: s for r, s in self.states.items() if s.kind != "goes on"}
+
+    def story(self, ranks: Iterable[int]) -> str:
+        """Where some ranks are."""
+        parts = []
+        for rank in ranks:
+            state = self.states.get(rank)
+            if state is None:
+                parts.append(f"rank {rank} computes, or is stopped")
+            elif state.kind == "ended":
+                calls = sum(state.posted.values())
+                parts.append(f"rank {rank} has ended after {calls} collective calls")
+            else:
+                parts.append(f"rank {rank} waits in {state.call}")
+        return "; ".join(parts)
+
+    def end(self, patience: float) -> None:
+        """Tell the others that no more will come."""
+        self.waits += 1
+        self.tell(Status("ended"))
+        limit = time.perf_counter() + patience
+        while self.notes and time.perf_counter() < limit:
+            self.notes = [request for request in self.notes if not request.Test()]
+
+
 class MPICommunicator(Communicator):
     """
     Args:
         comm: mpi4py's communicator; its duplicates are used, so what you do with it is apart.
+        name: tells it from the others of this process, on all its ranks alike.
         check: exchange descriptions of calls, and watch.
         timeout: seconds that a call may wait, whatever the reason.
         patience: seconds of waiting after which a rank tells the others.
     """
 
     def __init__(
-        self, comm: MPI.Comm, check: bool = True, timeout: float = 1800, patience: float = 2.0
-    ) -> None:
+        self, comm: MPI.Comm, check: bool = True, timeout: float = 1800, patience: float = 2.0,
+        name: Name = (),
+    ) -> None:  # fmt: skip
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise RuntimeError(
                 "this MPI was started without MPI_THREAD_MULTIPLE, which the thread that sends "
@@ -96,14 +154,14 @@ class MPICommunicator(Communicator):
             )
         self.data, self.control = comm.Dup(), comm.Dup()
         self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
+        self.name = name
+        here, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+        self.members = tuple(here.Translate_ranks(list(range(self.world_size)), world))
         self.check, self.timeout, self.patience = check, timeout, patience
         self.failure: BaseException | None = None  # of the thread
         self.works: queue.SimpleQueue[MPIWork | None] = queue.SimpleQueue()
         self.last: MPIWork | None = None  # of the works given to the thread
         self.thread: threading.Thread | None = None
-        self.states: dict[int, Status] = {}  # of the ranks that wait, as far as they have said so
-        self.waits = 0
-        self.notes: list[Any] = []  # requests of notes on their way
         self.headers: dict[tuple[int, int], list[Call]] = {}  # (source, tag): those that came
         self.receivers: dict[tuple[int, int], int] = {}
         opened.add(self)
@@ -115,6 +173,7 @@ class MPICommunicator(Communicator):
     ) -> Work:
         if self.failure is not None:
             raise self.failure
+        watch().posted[self.name] = self.calls
         work = MPIWork(self, call, array, peer, tag, result)
         if call.name == "send":
             work.post_send()
@@ -152,7 +211,8 @@ class MPICommunicator(Communicator):
     def split(self, color: int, key: int | None = None) -> Communicator:
         self.barrier()  # behind all works of the thread; and all ranks are here
         comm = self.data.Split(color, self.rank if key is None else key)
-        return MPICommunicator(comm, self.check, self.timeout, self.patience)
+        name = (*self.name, self.calls, color)
+        return MPICommunicator(comm, self.check, self.timeout, self.patience, name)
 
     def abort(self, code: int = 1) -> None:
         sys.stdout.flush()
@@ -162,12 +222,14 @@ class MPICommunicator(Communicator):
     # Waiting ------------------------------------------------------------------------------------
 
     def status(self, kind: str, call: Call, peer: int = -1) -> Status:
-        of = call.number if kind == "collective" else peer
-        return Status(self.waits, kind, of, self.calls, str(call))
+        if kind == "collective":
+            return Status(kind, str(call), call.number, self.name, self.members)
+        return Status(kind, str(call), self.members[peer])
 
     def until(self, ready: Callable[[], bool], status: Status) -> None:
         """Wait for ready(), in the program's own thread, with an eye on the others."""
-        self.waits += 1
+        others = watch()
+        others.waits += 1
         started = time.perf_counter()
         look, told, suspects = started + self.patience, False, None
         try:
@@ -182,61 +244,31 @@ class MPICommunicator(Communicator):
                     continue
                 look = now + self.patience / 4
                 if not told:
-                    self.tell(status._replace(number=self.waits))
+                    others.tell(status)
                     told = True
-                self.hear()
-                path = stuck(self.rank, self.states, self.world_size)
-                seen = [(rank, self.states.get(rank)) for rank in path]
+                others.hear()
+                path = stuck(others.rank, others.states)
+                seen = [(rank, others.states.get(rank)) for rank in path]
                 if path and seen == suspects:  # and so it was at the last look
-                    raise CommunicationError("no rank can go on: " + self.story(path))
+                    raise CommunicationError("no rank can go on: " + others.story(path))
                 suspects = seen
         finally:
             if told:
-                self.tell(Status(self.waits, "goes on", -1, self.calls, ""))
-
-    def tell(self, status: Status) -> None:
-        self.notes = [request for request in self.notes if not request.Test()]
-        for other in range(self.world_size):
-            if other != self.rank:
-                self.notes.append(self.control.isend((self.rank, status), other, NOTE))
-        self.states[self.rank] = status
-
-    def hear(self) -> None:
-        while (message := self.control.improbe(MPI.ANY_SOURCE, NOTE)) is not None:
-            rank, status = message.recv()
-            self.states[rank] = status
-        self.states = {r: s for r, s in self.states.items() if s.kind != "goes on"}
-
-    def story(self, ranks: list[int]) -> str:
-        """Where some ranks are."""
-        parts = []
-        for rank in ranks:
-            state = self.states.get(rank)
-            if state is None:
-                parts.append(f"rank {rank} computes, or is stopped")
-            elif state.kind == "ended":
-                parts.append(f"rank {rank} has ended after {state.posted} collective calls")
-            else:
-                parts.append(f"rank {rank} waits in {state.call}")
-        return "; ".join(parts)
+                others.tell(Status("goes on"))
 
     def late(self, status: Status) -> CommunicationError:
-        self.hear()
+        others = watch()
+        others.hear()
         return CommunicationError(
-            f"rank {self.rank} has waited {self.timeout:g} s in {status.call}. As far as it "
-            "knows: " + self.story([r for r in range(self.world_size) if r != self.rank])
+            f"rank {others.rank} has waited {self.timeout:g} s in {status.call}. As far as it "
+            "knows: " + others.story(r for r in self.members if r != others.rank)
         )
 
     def close(self) -> None:
-        """Finish what the thread has, and tell the others that no more will come."""
+        """Finish what the thread has."""
         if self.thread is not None:
             self.works.put(None)
             self.thread.join(self.patience)
-        if self.check:
-            self.tell(Status(self.waits + 1, "ended", -1, self.calls, ""))
-            limit = time.perf_counter() + self.patience
-            while self.notes and time.perf_counter() < limit:
-                self.notes = [request for request in self.notes if not request.Test()]
 
 
 class MPIWork(Work):
@@ -368,8 +400,15 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 opened: weakref.WeakSet[MPICommunicator] = weakref.WeakSet()
 
 
+@functools.cache
+def watch() -> Watch:
+    """This process's. (Opened by all ranks together, with the world.)"""
+    return Watch()
+
+
 def world(check: bool, timeout: float, patience: float) -> MPICommunicator:
     """All ranks that mpirun started. From here on, an uncaught exception on one ends all."""
+    watch()
     communicator = MPICommunicator(MPI.COMM_WORLD, check, timeout, patience)
     before = sys.excepthook
 
@@ -389,5 +428,8 @@ def world(check: bool, timeout: float, patience: float) -> MPICommunicator:
 
 
 def close_all() -> None:
-    for communicator in list(opened):
+    every = list(opened)
+    for communicator in every:
         communicator.close()
+    if any(communicator.check for communicator in every):
+        watch().end(max(communicator.patience for communicator in every))
