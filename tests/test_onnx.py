@@ -12,8 +12,8 @@ import pytest
 
 import minidl
 import minidl.nn.functional as F
-from minidl import models, nn
-from minidl.onnx import export
+from minidl import models, nn, optim
+from minidl.onnx import GraphModule, export, load
 from minidl.quantization import Quantized, quantize
 
 onnx = pytest.importorskip("onnx")
@@ -144,3 +144,176 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match="pip install onnx"):
         export(nn.Linear(2, 3), minidl.rand(1, 2), tmp_path / "m.onnx")
+
+
+# And in again ----------------------------------------------------------------------------
+
+
+def seen(model: Any, *shape: int) -> Any:
+    """A model whose batch norms have seen numbers."""
+    with minidl.no_grad():
+        for _ in range(4):
+            model.train()(minidl.randn(8, *shape))
+    return model.eval()
+
+
+def around(model: Any, x: Any, path: Path) -> GraphModule:
+    export(model, x, path / "m.onnx")
+    return load(path / "m.onnx")
+
+
+@pytest.mark.parametrize("name, shape", [("cnn", (1, 28, 28)), ("resnet8", (3, 32, 32)),
+                                         ("resnet18", (3, 32, 32))])  # fmt: skip
+def test_a_network_comes_back(name: str, shape: Any, tmp_path: Path) -> None:
+    """With the same parameters by the same names, and computes the same to the bit."""
+    minidl.manual_seed(0)
+    model = seen(models.get(name, num_classes=10, in_channels=shape[0]), *shape)
+    again = around(model, minidl.randn(2, *shape), tmp_path)
+    x = minidl.randn(3, *shape)
+    assert np.array_equal(again(x).numpy(), model(x).numpy())
+    assert again.state_dict().keys() == model.state_dict().keys()
+    again.load_state_dict(model.state_dict())
+    assert {n for n, _ in again.named_parameters()} == {n for n, _ in model.named_parameters()}
+    assert not again.training and np.array_equal(again(x).numpy(), model(x).numpy())
+
+
+def test_an_imported_network_learns_and_is_quantized(tmp_path: Path) -> None:
+    minidl.manual_seed(0)
+    model = seen(models.get("resnet8", num_classes=4), 3, 16, 16)
+    x, y = minidl.randn(8, 3, 16, 16), minidl.tensor(np.arange(8) % 4)
+    again = around(model, x, tmp_path)
+    ours, theirs = quantize(again, [x]), quantize(model, [x])
+    assert np.array_equal(ours(x).numpy(), theirs(x).numpy())
+    before = again.find("bn1").running_mean.numpy().copy()
+    optimizer, losses = optim.SGD(again.train().parameters(), lr=0.05), []
+    for _ in range(4):
+        loss = F.cross_entropy(again(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and (again.find("bn1").running_mean.numpy() != before).any()
+
+
+def test_an_integer_network_comes_back_with_its_rounding(tmp_path: Path) -> None:
+    """As the real numbers that the integers stand for; and gradients pass."""
+    minidl.manual_seed(0)
+    shape = (1, 28, 28)
+    model, x = models.get("cnn", num_classes=10, in_channels=1).eval(), minidl.rand(6, *shape)
+    quantized = quantize(model, [minidl.rand(32, *shape)])
+    again = around(quantized, x, tmp_path)
+    y, exact = quantized(x).numpy(), model(x).numpy()
+    assert np.abs(again(x).numpy() - y).mean() < 0.2 * np.abs(exact - y).mean()
+    assert isinstance(again.find("conv1"), nn.Conv2d) and isinstance(again.find("fc2"), nn.Linear)
+    w = again.find("conv1").weight.numpy() / quantized.graph.constants[  # type: ignore[union-attr]
+        quantized.graph.scales[next(s for s in quantized.graph.steps  # type: ignore[union-attr]
+                                    if s.op == "conv_integer").inputs[1]]
+    ].numpy().reshape(-1, 1, 1, 1)  # fmt: skip
+    np.testing.assert_allclose(w, np.rint(w), atol=1e-4)
+    with minidl.no_grad():
+        rounded = again(x).numpy()
+    loss = again.train()(x).square().sum()
+    loss.backward()
+    assert all(np.abs(p.grad.numpy()).sum() > 0 for p in again.parameters())  # type: ignore[union-attr]
+    once_more = around(again.eval(), x, tmp_path)  # its rounding is written as it came
+    assert np.array_equal(once_more(x).numpy(), rounded)
+
+
+# Files by others
+
+
+def file(
+    path: Path, nodes: Any, inputs: Any, constants: Any = (), opset: int = 18, rank: int = 2
+) -> Path:
+    """A file with these nodes: (op, inputs, outputs, attributes); the last makes "y"."""
+    make = onnx.helper
+    graph = make.make_graph(
+        [make.make_node(op, given, made, name=f"/{op}", **how) for op, given, made, how in nodes],
+        "g", [make.make_tensor_value_info(n, 1, shape) for n, shape in inputs.items()],
+        [make.make_tensor_value_info("y", 1, [None] * rank)],
+        [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in dict(constants).items()],
+    )  # fmt: skip
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", opset)], ir_version=8)
+    onnx.save(model, path / "f.onnx")
+    return path / "f.onnx"
+
+
+def test_shapes_that_are_computed(tmp_path: Path) -> None:
+    """How exporters write x.reshape(len(x), -1): whatever the batch size, and traceable."""
+    i64 = np.int64
+    path = file(
+        tmp_path,
+        [("Shape", ["x"], ["s"], {}), ("Gather", ["s", "zero"], ["n"], {"axis": 0}),
+         ("Unsqueeze", ["n", "axes"], ["n1"], {}),
+         ("Concat", ["n1", "rest"], ["size"], {"axis": 0}),
+         ("Reshape", ["x", "size"], ["f"], {}), ("MatMul", ["f", "w"], ["m"], {}),
+         ("Add", ["m", "b"], ["y"], {})],
+        {"x": ["n", 2, 3]},
+        {"zero": i64(0), "axes": i64([0]), "rest": i64([-1]),
+         "w": np.ones((6, 4), "f"), "b": np.arange(4, dtype="f")},
+    )  # fmt: skip
+    model, x = load(path), minidl.rand(5, 2, 3)
+    expected = x.numpy().reshape(5, 6).sum(1, keepdims=True) + np.arange(4)
+    np.testing.assert_allclose(model(x).numpy(), expected, rtol=1e-6)
+    assert len(list(model.parameters())) == 2 and "zero" not in model.tensors
+    again = around(model, x, tmp_path)
+    for n in (1, 3):
+        assert np.array_equal(again(x[:n]).numpy(), model(x[:n]).numpy())
+
+
+def test_other_layers(tmp_path: Path) -> None:
+    """Padding at one end, constants that are computed, a norm, casts."""
+    path = file(
+        tmp_path,
+        [("Mul", ["w0", "two"], ["w"], {}),
+         ("Conv", ["x", "w"], ["c"], {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
+         ("MaxPool", ["c"], ["p"], {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1]}),
+         ("LayerNormalization", ["p", "g"], ["l"], {"axis": -1}),
+         ("Cast", ["l"], ["i"], {"to": 7}), ("Cast", ["i"], ["r"], {"to": 1}),
+         ("ReduceMean", ["r"], ["y"], {"axes": [2, 3], "keepdims": 0})],
+        {"x": ["n", 1, 6, 6]},
+        {"w0": np.ones((2, 1, 3, 3), "f"), "two": np.float32(2), "g": 9 * np.ones(3, "f")},
+        opset=17,
+    )  # fmt: skip
+    model, x = load(path), minidl.rand(2, 1, 6, 6)
+    conv = F.conv2d(F.pad(x, (0, 1, 0, 1)), minidl.full((2, 1, 3, 3), 2.0), stride=2)
+    pooled = F.max_pool2d(F.pad(conv, (0, 1, 0, 1), value=-np.inf), 2, 1)
+    normal = np.trunc(F.layer_norm(pooled, (3,)).numpy() * 9)
+    np.testing.assert_allclose(model(x).numpy(), normal.mean((2, 3)), rtol=1e-5)
+    assert [type(m).__name__ for m in model.children()][-1] != "Function"
+
+
+@pytest.mark.parametrize(
+    "nodes, message",
+    [
+        ([("Loop", ["x"], ["y"], {})], r"do(es)? not know: \['NonZero', 'my.Own'\]. Cut it out"),
+        ([("Relu", ["x"], ["h"], {}), ("Conv", ["x", "h"], ["y"], {})], "weights are computed"),
+        ([("MaxPool", ["x"], ["h", "i"], {"kernel_shape": [2, 2]}), ("Add", ["h", "i"], ["y"], {})],
+         "node '/MaxPool' .MaxPool, opset 18. cannot be imported: only its first output"),
+        ([("Dropout", ["x", "", "on"], ["y"], {})], "drops also when it is not trained"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_imported(nodes: Any, message: str, tmp_path: Path) -> None:
+    path = file(tmp_path, nodes, {"x": [1, 1, 4, 4]}, {"on": np.True_}, rank=4)
+    content = onnx.load(path)
+    if nodes[0][0] == "Loop":
+        content.graph.node[0].op_type, content.graph.node[0].domain = "Own", "my"
+        content.graph.node.append(onnx.helper.make_node("NonZero", ["x"], ["z"]))
+        content.opset_import.append(onnx.helper.make_opsetid("my", 1))
+        onnx.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load(tmp_path / "none.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"no protobuf at all")
+    with pytest.raises(ValueError, match="not a valid ONNX file"):
+        load(tmp_path / "bad.onnx")
+    path = file(tmp_path, [("Relu", ["x"], ["y"], {})], {"x": [1]}, opset=6, rank=1)
+    with pytest.raises(ValueError, match="operators of ONNX 6, expected 7 or later"):
+        load(path)
+    model = load(file(tmp_path, [("Relu", ["x"], ["y"], {})], {"x": ["n"]}, rank=1))
+    with pytest.raises(ValueError, match=r"expected the inputs \['x'\], got 2"):
+        model(minidl.rand(1), minidl.rand(1))

@@ -534,6 +534,15 @@ def _(w: Writer, step: Step, x: str, index: str) -> str:
     return w.node("GatherElements", x, index, axis=step.settings["dim"])
 
 
+# Rounding in a float network
+
+
+@rule("quantize_linear", "dequantize_linear")
+def _(w: Writer, step: Step, x: str, scale: str, zero: str) -> str:
+    name = "QuantizeLinear" if step.op == "quantize_linear" else "DequantizeLinear"
+    return w.node(name, x, scale, zero, axis=step.settings["axis"])
+
+
 # Shapes
 
 
