@@ -42,8 +42,6 @@ __all__ = ["GradScaler", "MasterWeights", "autocast"]
 
 # Autocast ---------------------------------------------------------------------------------
 
-# Autocast ---------------------------------------------------------------------------------
-
 LOWER = frozenset(product.op.name for product in PRODUCTS)  # these run in 16 bits
 UNTOUCHED = frozenset({"astype", "to_device"})  # all others run in float32, but for these two
 

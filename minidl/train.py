@@ -163,6 +163,7 @@ def train(
     config = {**seen, "amp": amp, **(config or {})}
     device = next(iter(model.parameters())).device
     progress = Progress()
+    casting = autocast(dtype=amp or "float16", enabled=amp is not None)
     scaler = GradScaler(enabled=amp == "float16")  # bfloat16 reaches as far down as float32
 
     def test(batches: int | None = None) -> Evaluation:
@@ -224,10 +225,7 @@ def train(
             for images, labels in train_loader:
                 images, labels = images.to(device), labels.to(device)
                 n = len(labels)  # 0: there are more ranks than images
-                with (
-                    autocast(dtype=amp or "float16", enabled=amp is not None),
-                    np.errstate(invalid="warn" if n else "ignore"),
-                ):
+                with casting, np.errstate(invalid="warn" if n else "ignore"):
                     loss = loss_function(model(images), labels)
                 value = loss.item() if n else 0.0
                 if ranks is None:

@@ -181,6 +181,15 @@ def test_optimizers_and_schedulers_learn(tmp_path, optimizer, scheduler):
     assert accuracy > 60
 
 
+def test_mixed_precision(tmp_path):
+    options = ["train", "--model", "linear", "--epochs", "1", "--out", tmp_path, "--amp"]
+    code, output = call(*options, "float8")
+    assert code == cli.MISUSED and "float16 or bfloat16, got 'float8'" in output
+    assert not any(tmp_path.iterdir())
+    code, output = call(*options, "float16")
+    assert code == 0 and "test accuracy" in output, output
+
+
 def test_kernels():
     code, output = call("kernels")
     assert code == 0
