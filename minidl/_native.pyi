@@ -230,6 +230,13 @@ class PackedWeight:
     def maker(self) -> str: ...
 
 def pack_linear(w: NDArray[Any]) -> PackedWeight: ...
+def linear_int4(
+    x: NDArray[float32],
+    w: NDArray[uint8],
+    scale: NDArray[float32],
+    group_size: int,
+    bias: NDArray[float32] | None = ...,
+) -> NDArray[float32]: ...
 def linear(
     x: NDArray[float32],
     w: PackedWeight | NDArray[Any],

@@ -88,6 +88,18 @@ def _(data):
     return (numbers(data, n, places, size), numbers(data, n, size), numbers(data, 1, size)), {}
 
 
+@drawn("linear_int4")
+def _(data):
+    columns, rows, out = integer(data, 1, 200), integer(data, 1, 9), integer(data, 1, 20)
+    group = data.draw(st.sampled_from([32, 64, columns]))
+    scale = np.abs(numbers(data, out, -(-columns // group))) / 8
+    w = np.random.default_rng(columns).integers(0, 256, (out, -(-columns // 2)), np.uint8)
+    if columns % 2:
+        w[:, -1] &= 15  # as `pack_int4` leaves the last half
+    bias = numbers(data, out) if data.draw(st.booleans()) else None
+    return (numbers(data, rows, columns), w, scale, bias), {"group_size": group}
+
+
 @drawn("cross_entropy")
 def _(data):
     n, classes, *rest = integer(data, 1, 9), integer(data, 1, 40), *shape(data, 1, 2)[:-1]

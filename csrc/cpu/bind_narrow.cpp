@@ -412,6 +412,50 @@ py::array linear(const py::array& x, const std::variant<Packed, py::array>& weig
   });
 }
 
+py::array linear_int4(const py::array& x, const py::array& w, const py::array& scale, Index group,
+                      const Maybe& bias) {
+  const char* op = "linear_int4";
+  expect_dimensions(op, "x", x, 2, "(M, K)");
+  expect_dimensions(op, "w", w, 2, "(N, K / 2)");
+  expect_dimensions(op, "scale", scale, 2, "(N, groups)");
+  const Index m = x.shape(0), k = x.shape(1), n = w.shape(0), bytes = (k + 1) / 2;
+  if (group < 1 || w.shape(1) != bytes || scale.shape(0) != n ||
+      scale.shape(1) != (k + group - 1) / group) {
+    bad_value(std::string(op) + ": x " + shape_of(x) + " and groups of " + std::to_string(group) +
+              " need w (N, " + std::to_string(bytes) + ") and a scale for each group, got " +
+              shape_of(w) + " and " + shape_of(scale));
+  }
+  if (group % 32 && group < k) {
+    bad_value(std::string(op) + ": a group is a multiple of 32 or a whole row, got " +
+              std::to_string(group));
+  }
+  const auto from = *maybe_plain<float>(op, "x", x),
+             scales = *maybe_plain<float>(op, "scale", scale);
+  const auto weights = *maybe_plain<std::uint8_t>(op, "w", w);
+  const auto offset = maybe_plain<float>(op, "bias", bias);
+  if (offset && offset->size() != n) {
+    bad_value(std::string(op) + ": bias must have " + std::to_string(n) + " elements, got " +
+              shape_of(*offset));
+  }
+  const Index padded = (bytes + 15) / 16 * 16;  // whole vectors, on any processor
+  std::vector<float> even(static_cast<std::size_t>(m * padded)), odd(even.size());
+  const float* in = from.data();
+  for (Index i = 0; i < m; ++i) {
+    for (Index j = 0; j < k; ++j) {
+      (j % 2 ? odd : even)[static_cast<std::size_t>(i * padded + j / 2)] = in[i * k + j];
+    }
+  }
+  py::array_t<float> y({m, n});
+  float* out = y.mutable_data();
+  const Int4 s{n, k, group, padded, weights.data(), scales.data()};
+  const float* add = pointer<float>(offset);
+  {
+    py::gil_scoped_release release;
+    kernels().narrow->linear_int4(s, m, even.data(), odd.data(), add, out);
+  }
+  return y;
+}
+
 }  // namespace
 
 void bind_narrow(py::module_& m) {
@@ -459,6 +503,10 @@ void bind_narrow(py::module_& m) {
         py::arg("zero_point"), relu,
         "(a - a_zero) a_scale + (b - b_zero) b_scale, rounded, plus zero_point, of a's type.");
   m.def("pack_linear", &pack_linear, plain, "w (N, K), float32, float16, bfloat16 or int8.");
+  m.def(
+      "linear_int4", &linear_int4, py::arg("x").noconvert(), plain, py::arg("scale").noconvert(),
+      py::arg("group_size"), bias,
+      "x (M, K) times the transpose of w (N, K / 2), two weights a byte; a scale for each group.");
   m.def("linear", &linear, py::arg("x").noconvert(), w, scale, bias,
         "x (M, K) times the transpose of w (N, K), packed or not, times scale[n], plus bias[n], in "
         "float32: the same bits.");

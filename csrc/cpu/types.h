@@ -301,6 +301,14 @@ struct NarrowFor {
                           const float* scale, const float* bias, float* y);
 };
 
+// Weights (n, k) of four bits, two in a byte; `group` of a row share a scale. Rows of what they are
+// multiplied with are `padded` long.
+struct Int4 {
+  Index n, k, group, padded;
+  const std::uint8_t* w;
+  const float* scale;
+};
+
 struct Narrow {
   Index (*packed_width)(Index n);  // n rounded up to whole panels
   // w (n, k) -> Word[divide_up(k, 4) * packed_width(n)]; zero[j] is overwritten
@@ -320,6 +328,8 @@ struct Narrow {
   NarrowFor<std::int8_t> s8;
   BytesFor<std::int8_t> signed_bytes;
   BytesFor<std::uint8_t> unsigned_bytes;
+  void (*linear_int4)(const Int4&, Index m, const float* even, const float* odd, const float* bias,
+                      float* y);  // int4.h
 };
 
 struct Kernels {

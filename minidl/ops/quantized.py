@@ -541,6 +541,17 @@ def _(g, x, w, scale, b_shape, *, group_size):
     )
 
 
+@linear_int4.kernel("native", dtypes=("float32",), missing=why_missing)
+def _(x, w, scale, b, *, group_size):
+    """Few rows: each byte is read once, and widened in a register."""
+    columns, rows = x.shape[-1], math.prod(x.shape[:-1])
+    whole = group_size % 32 == 0 or group_size >= columns
+    if not 0 < rows <= 16 or not whole or 0 in w.shape or scale.dtype != np.float32:
+        return linear_int4.op.formula(x, w, scale, b, group_size=group_size)
+    y = native.linear_int4(x.reshape(rows, columns), w, scale, group_size, b)
+    return y.reshape(*x.shape[:-1], len(w))
+
+
 def packer(name: str) -> Any:
     """A function of the native module that packs weights, or one that says what is missing."""
 
