@@ -10,7 +10,7 @@ A script runs unchanged alone, under mpirun, and as threads (`dist.simulate`). F
 `aggregation.py` (sums over ranks, written out), `data_parallel.py` (a part of the batch for each
 rank; with it `sampler.py`, `sync_batch_norm.py`, `zero.py`), `schedules.py`, `timeline.py`,
 `pipeline.py` (layers split over ranks), `tensor_parallel.py` (one layer split), `mesh.py` (all of
-it together).
+it together). `mapreduce.py` is apart: a gradient as a job on Spark, where data lies in Hadoop.
 """
 
 from __future__ import annotations
