@@ -134,6 +134,29 @@ def test_all_calls_under_mpirun(n, check):
     assert done.returncode == 0 and done.stdout.count("done") == n, done.stderr
 
 
+@needs_mpi
+@pytest.mark.mpi
+@pytest.mark.parametrize("n", [2, 4])
+def test_sums_of_a_power_of_two_of_ranks_have_the_bits_of_the_tree(n):
+    code = """
+        import numpy as np
+        from minidl import distributed as dist
+        from minidl.distributed.communicator import tree_sum
+        c = dist.init()
+        for size in (1, 2, 3, 5, 17, 1000, 100_001):
+            arrays = [np.random.default_rng(r).normal(size=size) for r in range(c.world_size)]
+            for async_op in (False, True):
+                x = arrays[c.rank].copy()
+                work = c.allreduce(x, async_op=async_op)
+                if async_op:
+                    work.wait()
+                assert (x == tree_sum(arrays)).all(), size
+        print("done")
+        """
+    done = mpirun(n, code)
+    assert done.returncode == 0 and done.stdout.count("done") == n, done.stderr
+
+
 # What must be refused, on both engines --------------------------------------------------------
 #
 # Each is a script for two ranks, and what its error must say of each of them.

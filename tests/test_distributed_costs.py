@@ -111,7 +111,8 @@ def test_measure():
         return costs.measure_link(dist.init(), sizes=(8, 1 << 20), repeats=2)
 
     found = dist.simulate(run, 3)
-    assert len(set(found)) == 1 and min(found[0]) >= 0 and found[0].beta > 0 and found[0].gamma > 0
+    assert len(set(found)) == 1 and found[0].gamma > 0  # all ranks hear of what two measured
+    assert 0 <= found[0].alpha < 1 and 0 <= found[0].beta < 1e-6
     with pytest.raises(ValueError, match="mpirun -n 2"):
         costs.measure_link(dist.init())
 

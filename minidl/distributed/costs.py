@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minidl.autograd import no_grad
+from minidl.distributed.aggregation import exchange
 from minidl.distributed.communicator import Communicator
 from minidl.nn import Module, Sequential
 from minidl.tensor import Tensor
@@ -109,7 +110,8 @@ def measure_link(
     sizes: Sequence[int] = (8, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 23),
     repeats: int = 5,
 ) -> Link:
-    """α, β and γ between ranks 0 and 1, by sending arrays there and back. All ranks call it.
+    """α, β and γ between ranks 0 and 1, which send to one another at the same time, as in a ring.
+    All ranks call it.
 
     Args:
         communicator: of two ranks or more, on the hosts whose link is of interest.
@@ -130,12 +132,8 @@ def measure_link(
             array, taken = np.zeros(size, np.uint8), []
             for _ in range(repeats + 1):
                 start = time.perf_counter()
-                for step in range(2):
-                    if step == c.rank:
-                        c.send(array, other)
-                    else:
-                        c.recv(array, other)
-                taken.append((time.perf_counter() - start) / 2)
+                exchange(c, array, other, other, array)
+                taken.append(time.perf_counter() - start)
             seconds[i] = np.median(taken[1:])
         a, b = np.ones((2, 1 << 20), np.float32)
         taken = []
