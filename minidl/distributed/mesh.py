@@ -3,7 +3,8 @@
     mesh = dist.init_mesh(pipeline=2, data=2, tensor=2)       # 8 ranks
     mesh["tensor"]       # the ranks that share this rank's layers: with ColumnParallelLinear, ...
     mesh["pipeline"]     # those that have the other stages for the same samples: Pipeline
-    mesh["data"]         # those that have the same parameters, and other samples: sum gradients
+    mesh["data"]         # those that have the same parameters, and other samples
+    pipeline = dist.Pipeline(stages, "1f1b", 8, mesh["pipeline"], data=mesh["data"])
 
 Name what talks most last: neighbours in it are neighbours in rank, on one machine as a rule.
 (Narayanan et al. 2021, "Efficient large-scale language model training on GPU clusters".)

@@ -35,6 +35,7 @@ from minidl import distributed as dist
 from minidl.autograd import no_grad
 from minidl.backend.random import default_generator
 from minidl.distributed.communicator import Communicator, Work
+from minidl.distributed.data_parallel import own_random_numbers
 from minidl.distributed.schedules import SCHEDULES, Forward
 from minidl.distributed.tensor_parallel import full_state_dict
 from minidl.distributed.timeline import Event, check_schedule
@@ -63,6 +64,9 @@ class Pipeline(Module):
         micro_batches: M, into how many a batch is cut (fewer if it has fewer samples). Their sizes
             differ by one sample at most. The stages are idle (K - 1) / (M + K - 1) of the time.
         communicator: of the K ranks; None: all ranks there are.
+        data: of the ranks that have this stage too, from the same seed, for other samples (`Mesh`).
+            Loss and gradients are then those of all their samples together, and from here on each
+            draws random numbers of its own, as in `DataParallel`. None: there are no such ranks.
 
     Attributes:
         stage: this rank's module.
@@ -82,9 +86,13 @@ class Pipeline(Module):
         schedule: str = "1f1b",
         micro_batches: int = 4,
         communicator: Communicator | None = None,
+        data: Communicator | None = None,
     ) -> None:
         super().__init__()
         self.communicator = c = communicator or dist.communicator()
+        self.data = data
+        if data is not None:
+            own_random_numbers(data)
         check_schedule(schedule)
         if len(stages) != c.world_size:
             raise ValueError(
@@ -133,7 +141,7 @@ class Pipeline(Module):
                 (A mean by other weights, such as `ignore_index`, is taken within a micro-batch.)
 
         Returns:
-            The mean of the loss over the N samples, on every rank.
+            The mean of the loss over the N samples (of all `data` ranks), on every rank.
 
         Raises:
             ValueError: ranks have different numbers of samples, or none.
@@ -141,6 +149,9 @@ class Pipeline(Module):
             Exception: what a stage raised, with a note where.
         """
         n, bounds = self._cut(input, target, needs_target=True)
+        before = self._set_aside()
+        if self.data is not None:
+            n = int(self.data.allreduce(np.array(n)))
         kept: dict[int, Kept] = {}
         total, self.most_held, self._events = np.zeros(1), 0, []
         began = time.perf_counter()
@@ -179,7 +190,9 @@ class Pipeline(Module):
                 )
                 raise
         self._finish(random, len(bounds))
-        return float(self.communicator.broadcast(total, root=self.stages - 1)[0])
+        self.communicator.broadcast(total, root=self.stages - 1)
+        self._add_up(before, total)
+        return float(total[0])
 
     def forward(self, input: Tensor | None) -> Tensor:
         """The whole network's output, on every rank: (N, ...). For evaluation: nothing is recorded.
@@ -289,6 +302,35 @@ class Pipeline(Module):
         self._sent.clear()
         calls = random["calls"] + micro_batches * STREAM
         default_generator.load_state_dict({**random, "calls": calls})
+
+    def _set_aside(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The gradients of before, apart from those that will be summed over `data`."""
+        if self.data is None:
+            return []
+        before: list[tuple[Tensor, Tensor | None]] = []
+        before += [(p, p.grad) for p in self.stage.parameters() if p.requires_grad]
+        for p, _ in before:
+            p.grad = None
+        return before
+
+    def _add_up(self, before: list[tuple[Tensor, Tensor | None]], total: np.ndarray) -> None:
+        """Sum over `data`: each rank has weighted its losses by 1 / the number of all samples."""
+        if self.data is None:
+            return
+        sums = [total]
+        for p, _ in before:
+            g = (
+                backend.array_module(p.array).zeros_like(p.array)
+                if p.grad is None
+                else p.grad.array
+            )
+            sums.append(np.array(self._host(g), order="C"))
+        works = [self.data.allreduce(array, async_op=True) for array in sums]
+        for work in works:
+            work.wait()
+        for (p, old), array in zip(before, sums[1:]):
+            g = Tensor(backend.to_device(array, str(p.device)))
+            p.grad = g if old is None else old + g
 
     # Between ranks ------------------------------------------------------------------------------
 
