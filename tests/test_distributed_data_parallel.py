@@ -281,6 +281,43 @@ def test_no_sync_adds_passes_up():
             np.testing.assert_allclose(g, p.grad.array, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+def test_fewer_samples_than_passes():
+    """One sample in three passes: K times the mean is 3 times its gradient."""
+
+    def work():
+        net = dist.DataParallel(nn.Linear(2, 1))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for n in (0, 1 - dist.rank()):
+                with net.no_sync():
+                    net(minidl.ones(n, 2)).mean().backward()
+            net(minidl.ones(0, 2)).mean().backward()
+        return net.module.bias.grad.tolist()
+
+    assert dist.simulate(work, 2) == [[3.0]] * 2
+
+
+def test_a_pass_that_failed_drops_those_before_it():
+    def work():
+        net = dist.DataParallel(build(mlp))
+        x = minidl.ones(3, 64)
+        net(x).mean().backward()
+        right = [p.grad for p in net.parameters()]
+        with net.no_sync():
+            net(x).mean().backward()
+            handle = net.module[0].bias.register_hook(lambda g: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                net(x).mean().backward()
+            handle.remove()
+        net(x)
+        assert all(p.grad is g for p, g in zip(net.parameters(), right))
+        net.zero_grad()
+        net(x).mean().backward()
+        return all((p.grad == g).all() for p, g in zip(net.parameters(), right))
+
+    assert dist.simulate(work, 2) == [True, True]
+
+
 def test_zero_grad_forgets_passes_that_were_not_added_up():
     x = np.ones((4, 64), np.float32)
 

@@ -82,7 +82,8 @@ class DataParallel(Module):
     if one process had had the whole batch. (For 2 and 4 ranks it has the bits of one process that
     adds the parts' n_r g_r up pairwise.) How many samples a rank had is the first dimension of the
     network's first input. All ranks must call it and `backward()` equally often; which of the
-    parameters they use is their affair, and what none has used has no gradient.
+    parameters they use is their affair, and what none has used has no gradient. (`minidl.grad` adds
+    nothing up: it gives this rank's own.)
 
     At the start all ranks get rank 0's parameters and buffers, and from then on random numbers of
     their own: calls of rank r count from r · 2⁴⁰ on (`minidl.backend.random`). Alone, with one
@@ -163,6 +164,7 @@ class DataParallel(Module):
                 for bucket in self.buckets[: self.sent]:
                     bucket.receive()
                 self.walking = False
+                self._close()
             if self.training and self.sync and self.broadcast_buffers:
                 share(list(self.module.buffers()), self.communicator)
         return self.module(*args, **kwargs)
@@ -258,10 +260,7 @@ class DataParallel(Module):
         self.communicator.allreduce(word)
         for bucket in self.buckets:
             bucket.receive()
-        for i, p in enumerate(self.learned):
-            if self.used[i]:
-                p.grad = self.before[i]
-        self.used = [False] * len(self.learned)
+        self._close()
 
         samples, passes, calls, bad = rows.T
         if (passes != passes[0]).any() or (calls != calls[0]).any():
@@ -275,11 +274,18 @@ class DataParallel(Module):
                 f"the gradient is not finite on rank {in_words(np.flatnonzero(bad))}"
                 f"{self._where_not_finite()}. No .grad was changed"
             )
-        n = samples.sum() / passes[0]
+        n = float(samples.sum() / passes[0]) or 1.0
         for i, p in enumerate(self.learned):
             if word[4 * ranks + i]:
-                mean = np.divide(self.place[i][1], max(float(n), 1.0))
+                mean = np.divide(self.place[i][1], n)
                 add_to_grad(p, mean.astype(p.dtype, copy=False))
+
+    def _close(self) -> None:
+        """The sums are done with: parameters get back the `.grad` that they had before."""
+        for i, p in enumerate(self.learned):
+            if self.used[i] and p.grad is self.sums[i]:
+                p.grad = self.before[i]
+        self.used = [False] * len(self.learned)
 
     def _where_not_finite(self) -> str:
         """The sum has the NaNs of all ranks."""
