@@ -168,6 +168,7 @@ class MPICommunicator(Communicator):
         self.works: queue.SimpleQueue[MPIWork | None] = queue.SimpleQueue()
         self.last: MPIWork | None = None  # of the works given to the thread
         self.thread: threading.Thread | None = None
+        self.hurry = False  # the program does nothing but wait for the thread
         self.headers: dict[tuple[int, int], list[Call]] = {}  # (source, tag): those that came
         self.receivers: dict[tuple[int, int], int] = {}
         opened.add(self)
@@ -202,7 +203,7 @@ class MPICommunicator(Communicator):
         def until(ready: Callable[[], bool], status: Status) -> None:
             started = time.monotonic()
             while not ready():
-                time.sleep(POLITE)
+                time.sleep(0 if self.hurry else POLITE)
                 if time.monotonic() - started > self.timeout:
                     raise self.late(status)
 
@@ -301,7 +302,11 @@ class MPIWork(Work):
             elif self.call.name == "send":
                 c.until(self.is_completed, c.status("send", self.call, self.peer))
             else:
-                c.until(self.over.is_set, c.status("collective", self.call))
+                c.hurry = True
+                try:
+                    c.until(self.over.is_set, c.status("collective", self.call))
+                finally:
+                    c.hurry = False
             self.over.set()
         if c.failure is not None:
             raise c.failure
