@@ -433,6 +433,9 @@ def quantize(
             metavar="PAGE.html", help="Also write a page: where int8's error comes from, by layer."
         ),
     ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also write model.onnx, for other programs.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="DTYPE/ in the run")
     ] = None,
@@ -450,6 +453,8 @@ def quantize(
     screen = console()
     choose("dtype", dtype, ["int8", "int4", "float16", "bfloat16"])
     choose("scheme", scheme, list(SCHEMES))
+    if onnx and (dtype, scheme) != ("int8", "static"):
+        raise ValueError(f"--onnx is for --dtype int8 --scheme static, got {dtype}, {scheme}")
     network, test_set, config = open_checkpoint(checkpoint, root)
     train_set, _ = open_data(config["data"], root, False, False)
     how: dict[str, Any] = {"per_channel": per_channel, "observer": observer, "skip": skip or []}
@@ -473,6 +478,11 @@ def quantize(
             screen.print(f"{bits} bits: per channel {100 * accuracy['per channel']:.2f} %, "
                          f"per tensor {100 * accuracy['per tensor']:.2f} %")  # fmt: skip
         files.append("sweep.png")
+    if onnx:
+        from minidl.onnx import export
+
+        export(small, batches[0][:1], out / "model.onnx")
+        files.append("model.onnx")
     report.write(found, out / "quantize.json")
     screen.print(f"written to {out}/ ({', '.join(files)})")
     if microscope is not None:

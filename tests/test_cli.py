@@ -352,6 +352,10 @@ def test_quantize(tmp_path):
     assert Quantized.load(run / "int8" / "model.safetensors").graph.steps
     code, output = call("quantize", run, "--dtype", "float16", "--out", tmp_path / "half")
     assert code == 0 and "float16" in output
+    if importlib.util.find_spec("onnx"):
+        assert call("quantize", run, "--calibrate", 100, "--onnx")[0] == 0
+        again = importlib.import_module("minidl.onnx").load(run / "int8" / "model.onnx")
+        assert again(minidl.rand(2, 1, 8, 8)).shape == (2, 10)
     for scheme, dtype in (("dynamic", "int8"), ("weight_only", "int4")):
         code, output = call("quantize", run, "--scheme", scheme, "--dtype", dtype)
         assert code == 0 and "predictions kept" in output
@@ -364,6 +368,7 @@ def test_quantize(tmp_path):
         (["--dtype", "int9"], "int8, int4, float16"),
         (["--observer", "largest"], "expected one of minmax"),
         (["--skip", "conv9"], "has no layer 'conv9'"),
+        (["--onnx", "--dtype", "float16"], "--onnx is for --dtype int8 --scheme static"),
     ):
         code, output = call("quantize", run, *arguments)
         assert code == cli.MISUSED and words in " ".join(output.split()), output

@@ -170,15 +170,18 @@ class Writer:
 
     def alike(self, step: Step, dtype: Any = None) -> list[str]:
         """The names of a step's inputs, cast to one type: that in which they are computed with."""
-        kinds = [self.dtypes.get(x, x) for x in step.inputs]
+        given = step.inputs
+        kinds = [np.dtype(np.float32) if x in self.zeros else self.dtypes.get(x, x) for x in given]
         dtype = np.dtype(dtype or np.result_type(*kinds))
         if dtype == np.float64 and dtype not in kinds:
             dtype = np.dtype(np.float32)  # as PyTorch, of int64 and float32
+        names = [self.real(x) if x in self.zeros else self.name(x, dtype) for x in given]
         return [
-            self.name(x, dtype) if self.dtypes.get(x, dtype) == dtype
-            else self.node("Cast", self.name(x), to=self.kind(dtype))
-            for x in step.inputs
-        ]  # fmt: skip
+            self.node("Cast", name, to=self.kind(dtype))
+            if x in self.dtypes and kind != dtype
+            else name
+            for name, x, kind in zip(names, given, kinds)
+        ]
 
     def kind(self, dtype: Any) -> int:
         return int(self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
@@ -670,6 +673,14 @@ def _(w: Writer, step: Step) -> str:
     zero, scale = w.array(w.zeros[x]), w.array(w.graph.scales[x])
     top = (int(w.array(most)) - int(zero)) * scale
     return w.node("Min", w.real(x), w.constant(np.asarray(top, np.float32)))
+
+
+@rule("minimum", table=REALS)
+def _(w: Writer, step: Step) -> str:
+    """Fewer than 8 bits: what the largest integer stands for."""
+    q, most = step.inputs
+    zero, scale = w.array(w.zeros[q]).astype(np.int32), w.array(w.graph.scales[q])
+    return w.node("Min", w.real(q), w.constant((w.array(most) - zero) * scale, np.float32))
 
 
 @rule("add_integer", table=REALS)

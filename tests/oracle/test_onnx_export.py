@@ -138,3 +138,20 @@ def test_integers_that_were_trained(bits: Any, norm: bool, tmp_path: Path) -> No
     (found,) = run(str(tmp_path / "q.onnx"), x.numpy())
     y, rough = quantized(x).numpy(), convert(qat)(x).numpy()
     assert np.abs(found - y).mean() < 0.1 * np.abs(rough - y).mean()
+
+
+def test_integers_of_few_bits_and_layers_that_stay_float(tmp_path: Path) -> None:
+    """Learned steps of 4 bits, whose largest integer is 15; and a float layer among the others."""
+    model, shape, images = network("resnet8")
+    qat = prepare_qat(model, bits=4, learned=True)
+    with minidl.no_grad():
+        for _ in range(2):
+            qat(minidl.randn(16, *shape))
+    batches = [minidl.randn(16, *shape)]
+    few = quantize(convert(qat), batches)
+    assert "minimum" in {step.op for step in few.graph.steps}  # type: ignore[union-attr]
+    for quantized in (few, quantize(model, batches, skip=["layer2.0.conv2", "avgpool"])):
+        export(quantized, images[:2], tmp_path / "q.onnx")
+        y = quantized(images).numpy()
+        (found,) = run(str(tmp_path / "q.onnx"), images.numpy())
+        assert np.abs(found - y).mean() <= 0.01 * np.abs(y).max()
