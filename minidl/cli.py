@@ -530,10 +530,11 @@ def caption_train(
         int | None, typer.Option(min=1, help="Training images.", show_default="all")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training captions.")] = 4,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images a step, each with all its captions.")
-    ] = 40,
+    batch_size: Annotated[int, typer.Option(min=1, help="Captions a step.")] = 64,
     lr: Annotated[float, typer.Option(help="Learning rate, at its peak.")] = 0.003,
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="Of AdamW: against pairs learned by heart.")
+    ] = 0.05,
     beam: Annotated[int, typer.Option(min=1, help="Of the gallery's captions.")] = 3,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the run.", show_default="runs/caption-DATA")
@@ -584,17 +585,17 @@ def caption_train(
         with screen.status("the frozen encoder looks at every image once ..."):
             train_set, val = (captions.Annotated(model, part) for part in (train_set, val))
     ahead: dict[str, Any] = {"prefetch_thread": True, "device": device}
-    loader = caption_loader(train_set, vocabulary, batch_size, shuffle=True, together=True, **ahead)
+    loader = caption_loader(train_set, vocabulary, batch_size, shuffle=True, bucket=freeze, **ahead)
     val_loader = caption_loader(val, vocabulary, 200, **ahead)
-    optimizer = optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optim.AdamW(learned, lr, weight_decay=weight_decay)
     scheduler = make_scheduler("onecycle", optimizer, epochs, len(loader))
     out = out or Path("runs") / f"caption-{data}"
     parameters = sum(p.numel() for p in model.parameters())
     screen.print(
         f"[bold]{encoder}[/] and [bold]{decoder}[/] ({parameters:,} parameters, "
-        f"{len(vocabulary):,} tokens) on [bold]{data}[/] "
-        f"({sum(map(len, train_set.captions)):,} captions of {len(train_set):,} images), "
-        f"{kernels_in_words()}"
+        f"{len(vocabulary):,} tokens) on [bold]{data}[/] ({len(loader.dataset):,} captions of "
+        f"{len(train_set):,} images), {kernels_in_words()}"
     )
     with Live(screen, epochs, len(loader)) as live:
 

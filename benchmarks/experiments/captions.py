@@ -141,7 +141,7 @@ def scenes(args: argparse.Namespace) -> dict[str, Any]:
         words = vocabulary_of(train_set)
         model = Captioner(Encoder(convolutions(WIDTHS, more=2)), decoder(words, WIDTHS[-1] + 2))
         began = time.perf_counter()
-        fit(model, train_set, args.epochs or EPOCHS, 0.003)
+        fit(model, train_set, args.epochs or EPOCHS, 0.003, weight_decay=0.05)
         row: dict[str, Any] = {"seconds": time.perf_counter() - began}
         for split, dataset in tests.items():
             report = metrics.evaluate(model, dataset, beam=3)
@@ -205,7 +205,7 @@ def words(args: argparse.Namespace) -> dict[str, Any]:
         minidl.manual_seed(0)
         tokens = vocabulary_of(train_set, kind)
         model = Captioner(Encoder(convolutions(WIDTHS, more=2)), ShowAttend(tokens, WIDTHS[-1] + 2))
-        fit(model, train_set, args.epochs or 6, 0.003, batch_size=20, together=True)
+        fit(model, train_set, args.epochs or 4, 0.003, weight_decay=0.05)
         report = metrics.evaluate(model, test_set, beam=3)
         new = said = invented = 0
         for sentence, truth in zip(report.hypotheses, test_set.captions):

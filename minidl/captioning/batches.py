@@ -154,8 +154,9 @@ def caption_loader(
         bucket: shuffle in batches of like length. That saves steps, but a batch is then no sample
             of the data: where length tells what is in the image (one thing or two), batch norm sees
             other statistics while it learns than later. For encoders that are frozen.
-        together: each image comes once in an epoch, with all its captions. The encoder, which costs
-            more than the decoder, then looks once instead of once for each of them.
+        together: each image comes once in an epoch, with all its captions: the encoder then looks
+            once instead of once for each of them. But a batch of as many captions has fewer images,
+            and where the encoder learns it learns less from them.
         seed, options: of the `DataLoader` (`num_workers=`, `prefetch_thread=`, `device=`).
     """
     pairs = CaptionPairs(dataset, vocabulary, together)
