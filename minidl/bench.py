@@ -143,9 +143,13 @@ def times_of(call: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def implementations(op: str) -> dict[str, Callable[..., Any]]:
-    """What can run here, by name; the formula, if it is not one of the kernels."""
+    """What can run here on float32, by name; the formula, if it is not one of the kernels."""
     this = registry[op].op
-    found = {k.name: k.function for k in this.kernels if k.device == "cpu" and not k.missing}
+    found = {
+        k.name: k.function
+        for k in this.kernels
+        if k.device == "cpu" and not k.missing and (k.dtypes is None or "float32" in k.dtypes)
+    }
     return found if this.formula in found.values() else {"formula": this.formula, **found}
 
 

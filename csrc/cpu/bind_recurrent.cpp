@@ -134,6 +134,10 @@ Places places(const char* op, const py::array& u, const py::array& v, const py::
     bad_value(std::string(op) + ": u (N, L, A) needs v (N, A) and w (1, A), got " + shape_of(u) +
               ", " + shape_of(v) + " and " + shape_of(w));
   }
+  if (!w.dtype().equal(u.dtype())) {
+    throw py::type_error(std::string(op) + ": w must be " + text(u.dtype()) + " as u is, got " +
+                         text(w.dtype()));
+  }
   return s;
 }
 
