@@ -212,7 +212,7 @@ class TorchBlock(torch.nn.Module):
 
 @pytest.mark.parametrize(("channels_in", "channels", "stride"), [(4, 4, 1), (4, 8, 2)])
 def test_residual_block(channels_in, channels, stride):
-    (ours,) = models.resnet.stage(channels_in, channels, 1, stride, "A")
+    (ours,) = models.resnet.stage(models.resnet.BasicBlock, channels_in, channels, 1, stride, "A")
     theirs = TorchBlock(channels_in, channels, stride).double()
     ours.double()
     load_into_torch(theirs, ours)
