@@ -431,7 +431,7 @@ def flickr8k_text(found: dict[str, Any]) -> list[str]:
         "blind.",
         table(header, rows),
         "BLEU cannot tell looking from not looking at this size: one sentence, said of every "
-        "photograph, scores above a model that tries. The ratio of perplexities and the rank can.",
+        "photograph, scores as models that look do. The ratio of perplexities and the rank can.",
         claims([
             ("50 photographs by heart: at least 48 captions", found["overfit"],
              found["overfit"] >= 48),
