@@ -59,7 +59,7 @@ def torch_step(decoder: str, frozen: bool) -> Call:
     from torch.nn import functional as F
 
     vocabulary, batch, targets = batch_of_scenes(64)
-    images, words, lengths, targets = (torch.tensor(x.numpy()) for x in (*batch, targets))
+    images, words, lengths, targets = (torch.tensor(x.numpy()) for x in (*batch[:3], targets))
     running = [int((lengths > t).sum()) for t in range(int(lengths[0]))]
     features, V = WIDTHS[-1] + 2, len(vocabulary)
 
