@@ -259,14 +259,24 @@ def matches(text: str, patterns: list[str]) -> None:
         assert re.search(pattern, text, re.DOTALL), f"{pattern!r} is not in:\n{text}"
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_refused_simulated(case):
-    body, patterns = WRONG[case]
-    code = compile(script(body), "script.py", "exec")
+def refused_simulated(source: str, patterns: list[str]) -> None:
+    code = compile(source, "script.py", "exec")
     with pytest.raises(Exception) as caught:
         dist.simulate(lambda: exec(code, {}), 2)
     notes = " ".join(getattr(caught.value, "__notes__", []))
     matches(f"{type(caught.value).__name__} {caught.value} {notes}", patterns)
+
+
+def refused_under_mpirun(source: str, patterns: list[str]) -> None:
+    done = mpirun(2, source, timeout=30)
+    assert done.returncode != 0
+    matches(done.stderr, patterns)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refused_simulated(case):
+    body, patterns = WRONG[case]
+    refused_simulated(script(body), patterns)
 
 
 @needs_mpi
@@ -274,9 +284,7 @@ def test_refused_simulated(case):
 @pytest.mark.parametrize("case", WRONG)
 def test_refused_under_mpirun(case):
     body, patterns = WRONG[case]
-    done = mpirun(2, script(body), timeout=30)
-    assert done.returncode != 0
-    matches(done.stderr, patterns)
+    refused_under_mpirun(script(body), patterns)
 
 
 @needs_mpi
