@@ -2,7 +2,8 @@
 
 The tensors are stored under dotted names (``{"model": {"conv1.weight": w}}`` becomes
 "model.conv1.weight"), so that any safetensors reader opens the file. The nesting, and everything
-that is not a tensor, is JSON in the file's metadata; reading it runs no code.
+that is not a tensor, is JSON in the file's metadata (on request compressed: zlib, as base64);
+reading it runs no code.
 
 In that JSON plain values stand for themselves, and an object with one key that starts with "$"
 stands for something else:
@@ -18,11 +19,13 @@ stands for something else:
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import math
 import os
 import secrets
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,12 +46,15 @@ MAX_DEPTH = 100
 Where = tuple[Any, ...]  # the keys and indices that lead to a value
 
 
-def save(obj: Any, path: str | os.PathLike[str]) -> None:
+def save(obj: Any, path: str | os.PathLike[str], *, compress: bool = False) -> None:
     """Write nested dicts, lists and tuples of tensors and plain values to a file.
 
     The values may be Tensors, NumPy arrays and scalars, numbers, strings, bools and None. A tensor
     that occurs twice (the same memory: tied weights) is stored once, and is one tensor again when
     loaded. Gradients and `requires_grad` are not stored, nor the device.
+
+    With ``compress`` the JSON is compressed (never the tensors): for small networks of many layers,
+    where what describes them weighs.
 
     The file appears under its name only when it is complete: a run that is killed while saving
     leaves the file that was there.
@@ -58,8 +64,11 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
         ValueError: `obj` contains itself.
     """
     packer = _Packer()
-    tree = packer.pack(obj, ())
-    metadata = {METADATA: json.dumps({"version": VERSION, "object": tree}, allow_nan=False)}
+    content: dict[str, Any] = {"version": VERSION, "object": packer.pack(obj, ())}
+    if compress:
+        text = compact(content.pop("object")).encode()
+        content["zlib"] = base64.b64encode(zlib.compress(text, 9)).decode()
+    metadata = {METADATA: compact(content)}
     with atomic_path(path) as part:
         safetensors.numpy.save_file(packer.arrays, part, metadata)
 
@@ -102,10 +111,16 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
         content = json.loads(metadata[METADATA])
         if content["version"] > VERSION:
             raise ValueError(f"written by a newer minidl (format {content['version']})")
+        if "zlib" in content:
+            content["object"] = json.loads(zlib.decompress(base64.b64decode(content["zlib"])))
         return _unpack(content["object"], tensors, arrays)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         what = f"no tensor {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: damaged metadata ({what})") from None
+
+
+def compact(tree: Any) -> str:
+    return json.dumps(tree, allow_nan=False, separators=(",", ":"))
 
 
 def read_start(path: Path, count: int) -> bytes:

@@ -17,6 +17,7 @@ if anything else differs, the model depends on its input in a way that a list ca
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +32,8 @@ from minidl.op import Op, registry
 from minidl.tensor import Tensor
 
 __all__ = ["Graph", "PerSample", "Ref", "Step", "trace"]
+
+FORMAT = 2  # of `Graph.to_dict`
 
 
 class Ref(NamedTuple):
@@ -166,30 +169,49 @@ class Graph:
         return ref
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the constants' values: what `minidl.save` takes."""
+        """What `minidl.save` takes. The constants, many and most of them small, are joined into
+        one tensor of each dtype."""
         steps = [
             {"op": s.op, "inputs": coded(s.inputs), "settings": coded(s.settings),
              "output": s.output.number, "layer": s.layer, "shape": coded(s.shape),
              "dtype": s.dtype}
             for s in self.steps
         ]  # fmt: skip
+        listed: list[Any] = []
+        parts: dict[str, list[Tensor]] = {}
+        for ref, value in self.constants.items():
+            listed.append([ref.number, value.dtype.name, list(value.shape)])
+            parts.setdefault(value.dtype.name, []).append(value.detach().reshape(-1))
         return {
+            "format": FORMAT,
             "steps": steps,
             "inputs": [ref.number for ref in self.inputs],
             "output": coded(self.output),
-            "constants": [ref.number for ref in self.constants],
+            "constants": listed,
             "scales": [[ref.number, scale.number] for ref, scale in self.scales.items()],
+            "values": {dtype: minidl.cat(some) for dtype, some in parts.items()},
         }
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any], constants: dict[Ref, Tensor]) -> Graph:
-        """What `to_dict` gave, with the constants' values.
+    def from_dict(cls, content: dict[str, Any]) -> Graph:
+        """What `to_dict` gave.
 
         Raises:
-            ValueError: constants are missing; an op that this minidl does not have.
+            ValueError: another format; constants are missing; an op that this minidl does not have.
         """
-        if missing := {Ref(n) for n in content["constants"]} - constants.keys():
-            raise ValueError(f"constant {min(missing).number} is missing")
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"a list of ops in format {content.get('format')}, where this minidl reads "
+                f"{FORMAT}: make the file anew from its float network"
+            )
+        constants, used = {}, dict.fromkeys(content["values"], 0)
+        for number, dtype, shape in content["constants"]:
+            start, count = used.get(dtype, 0), math.prod(shape)
+            found = content["values"].get(dtype, ())[start : start + count]
+            if len(found) != count:
+                raise ValueError(f"constant {number}, {dtype} of shape {tuple(shape)}, is missing")
+            constants[Ref(number)] = Tensor(found.array.reshape(shape).copy())
+            used[dtype] = start + count
         steps = []
         for s in content["steps"]:
             if s["op"] not in registry:
@@ -199,7 +221,7 @@ class Graph:
                 Step(s["op"], given, settings, Ref(s["output"]), s["layer"], shape, s["dtype"])
             )
         inputs = [Ref(n) for n in content["inputs"]]
-        scales = {Ref(n): Ref(scale) for n, scale in content.get("scales", ())}
+        scales = {Ref(n): Ref(scale) for n, scale in content["scales"]}
         return cls(steps, inputs, decoded(content["output"]), constants, scales=scales)
 
     def copy(self) -> Graph:

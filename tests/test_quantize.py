@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -169,31 +170,51 @@ def test_other_batch_sizes_and_the_parameters(residual: Any) -> None:
 
 def test_save_and_load(residual: Any, tmp_path: Any) -> None:
     """The network comes back without the model, slices and batch sizes included."""
+    path = tmp_path / "q.safetensors"
     for model, batches in (
         (residual, BATCHES),
         (models.get("resnet8", num_classes=4), [minidl.rand(2, 3, 16, 16)]),
     ):
-        quantized = quantize(model, batches)
-        quantized.save(tmp_path / "q.safetensors")  # type: ignore[operator]
-        again = Quantized.load(tmp_path / "q.safetensors")
+        quantized: Any = quantize(model, batches)
+        quantized.save(path)
+        again = Quantized.load(path)
         x = batches[0][:1]
         assert np.array_equal(again(x).numpy(), quantized(x).numpy())
-        assert [vars(s) for s in again.graph.steps] == [
-            vars(s)
-            for s in quantized.graph.steps  # type: ignore[union-attr]
-        ]
+        assert [*map(vars, again.graph.steps)] == [*map(vars, quantized.graph.steps)]
+        assert again.graph.scales == quantized.graph.scales
+        assert again.state_dict().keys() == quantized.state_dict().keys()
+        owned = [value.array for value in again.constants().values()]
+        assert all(array.base is None and array.flags.writeable for array in owned)
     minidl.save({"a": 1}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"is not a network that `Quantized\.save` wrote"):
         Quantized.load(tmp_path / "other.safetensors")
-    content = minidl.load(tmp_path / "q.safetensors")
-    content["graph"]["steps"][0]["op"] = "magic"
-    minidl.save(content, tmp_path / "q.safetensors")
-    with pytest.raises(ValueError, match="has no op 'magic'"):
-        Quantized.load(tmp_path / "q.safetensors")
-    del content["constants"]["c" + str(content["graph"]["constants"][0])]
-    minidl.save(content, tmp_path / "q.safetensors")
-    with pytest.raises(ValueError, match="is missing"):
-        Quantized.load(tmp_path / "q.safetensors")
+
+    def damaged(message: str, change: Callable[[Any], Any]) -> None:
+        content = minidl.load(path)["graph"]
+        change(content)
+        minidl.save({"graph": content}, tmp_path / "damaged")
+        with pytest.raises(ValueError, match=f"damaged: .*{message}"):
+            Quantized.load(tmp_path / "damaged")
+
+    damaged("has no op 'magic'", lambda graph: graph["steps"][0].update(op="magic"))
+    damaged("format 99, where this minidl reads 2", lambda graph: graph.update(format=99))
+    damaged("format None, where", lambda graph: graph.pop("format"))
+    damaged(r"constant \d+, int8 of shape .* is missing", lambda graph: graph["values"].pop("int8"))
+    damaged(
+        r"constant \d+, float32 of", lambda graph: graph["constants"].append([999, "float32", [1]])
+    )
+
+
+def test_sizes_on_disk(tmp_path: Any) -> None:
+    """What describes a network must not weigh more than a quarter of it can bear."""
+    for name, size in (("cnn", 28), ("resnet8", 32), ("resnet20", 32)):
+        model = models.get(name, num_classes=10, in_channels=3)
+        images = minidl.rand(8, 3, size, size)
+        model.train()(images)  # norms that differ, and with them all biases
+        quantize(model, [images]).save(tmp_path / "int8")  # type: ignore[operator]
+        minidl.save(model.state_dict(), tmp_path / "float")
+        small, large = (path.stat().st_size for path in (tmp_path / "int8", tmp_path / "float"))
+        assert small < 0.26 * large
 
 
 def test_skipped_layers_stay_float() -> None:

@@ -117,6 +117,22 @@ def test_any_nesting(tmp_path_factory, obj):
     assert same(roundtrip(obj, tmp_path_factory.getbasetemp() / "any"), obj)
 
 
+@given(json_values)
+@settings(max_examples=10)
+def test_compressed(tmp_path_factory, obj):
+    path = tmp_path_factory.getbasetemp() / "compressed"
+    save(obj, path, compress=True)
+    assert same(load(path), obj)
+
+
+def test_what_is_repeated_is_compressed(tmp_path):
+    obj = {"steps": [{"op": "conv", "inputs": (1, 2, 3)}] * 100, "w": Tensor(np.zeros(9))}
+    for name, compress in (("plain", False), ("small", True)):
+        save(obj, tmp_path / name, compress=compress)
+    assert (tmp_path / "small").stat().st_size < 0.2 * (tmp_path / "plain").stat().st_size
+    assert safetensors.numpy.load_file(tmp_path / "small").keys() == {"w"}
+
+
 def test_state_dict_names_are_what_other_tools_see(tmp_path):
     w, b = np.ones((2, 1), np.float32), np.zeros(2, np.float32)
     save({"conv1.weight": Tensor(w), "conv1.bias": Tensor(b)}, tmp_path / "m.safetensors")
@@ -239,8 +255,10 @@ def test_missing_foreign_and_truncated_files(tmp_path):
         '{"version": 1, "object": {"$dict": [[[1], 2]]}}',
         '{"version": 99, "object": 1}',
         '{"version": 1, "object": ' + "[" * 5000 + "]" * 5000 + "}",
+        '{"version": 1, "zlib": "not of four"}',
+        '{"version": 1, "zlib": "eJwDAAAAAAA="}',
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_damaged_metadata(metadata, tmp_path):
     safetensors.numpy.save_file({"w": np.ones(1)}, tmp_path / "x", {"minidl": metadata})

@@ -631,10 +631,14 @@ def batch_norm(
 
 def rescale(input: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
     """(x - mean) / √(var + ε) · weight + bias, with given statistics: x · scale + shift."""
+    return scale_shift(input, *scale_and_shift(mean, var, weight, bias, eps))
+
+
+def scale_and_shift(mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Any:
     scale = (var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -mean * scale
-    return scale_shift(input, scale, shift if bias is None else shift + bias)
+    return scale, shift if bias is None else shift + bias
 
 
 def follow(running: Tensor, batch: Any, momentum: float) -> None:

@@ -21,7 +21,10 @@ from typing import Any
 import numpy as np
 
 from minidl import nn
+from minidl.autograd import no_grad
 from minidl.nn import functional as F
+from minidl.nn.norm import BatchNorm
+from minidl.ops.norm import scale_shift
 from minidl.quantization.weight_only import DTYPES, WeightOnlyLinear, narrowed, replaced
 from minidl.tensor import Tensor
 
@@ -93,8 +96,44 @@ class HalfEmbedding(HalfLayer, nn.Embedding):
         return F.embedding(input, self.weight).float()
 
 
-LAYERS: dict[type[nn.Module], type[HalfLayer | WeightOnlyLinear]] = {
+class ScaleShift(nn.Module):
+    """A batch norm at inference, x · scale + shift: two float32 vectors in place of four.
+
+    Attributes:
+        scale, shift: (C,); buffers.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    @classmethod
+    def from_float(cls, norm: BatchNorm, weights: Any = None) -> nn.Module:
+        """What the norm does with its statistics; one that keeps none stays as it is."""
+        if norm.running_mean is None:
+            return norm
+        with no_grad():
+            mean, var = norm.running_mean, norm.running_var
+            return cls(*F.scale_and_shift(mean, var, norm.weight, norm.bias, norm.eps))
+
+    def forward(self, input: Tensor) -> Tensor:
+        channels = self.scale.shape[0]
+        if input.ndim < 2 or input.shape[1] != channels:
+            raise ValueError(f"ScaleShift takes (N, {channels}, ...), got {tuple(input.shape)}")
+        return scale_shift(input, self.scale, self.shift)
+
+    def extra_repr(self) -> str:
+        return str(self.scale.shape[0])
+
+
+LAYERS: dict[type[nn.Module], Any] = {
     nn.Linear: WeightOnlyLinear,
+    nn.BatchNorm1d: ScaleShift,
+    nn.BatchNorm2d: ScaleShift,
     **{half.__bases__[1]: half for half in HalfLayer.__subclasses__()},
 }
 
@@ -102,10 +141,11 @@ LAYERS: dict[type[nn.Module], type[HalfLayer | WeightOnlyLinear]] = {
 def half(model: nn.Module, dtype: Any = "float16") -> nn.Module:
     """A copy of a model, in eval mode, with the weights of its layers in 16 bits.
 
-    It takes and gives float32, and its `state_dict` has the model's names. Narrow become the
-    matrices of the layers in `LAYERS`, which then print with their dtype. All else stays float32:
-    biases, batch norm and other norms, and the parameters of layers that are not in the list. The
-    copy is for inference: its parameters need no gradient (one for its input passes through).
+    It takes and gives float32. Narrow become the matrices of the layers in `LAYERS`, which then
+    print with their dtype; their names in the `state_dict` are the model's. All else stays float32:
+    biases, norms, and the parameters of layers that are not in the list; of a batch norm, whose
+    four vectors and counter weigh in a small network, remain `scale` and `shift`. The copy is for
+    inference: its parameters need no gradient (one for its input passes through).
 
     Args:
         dtype: "float16" or "bfloat16".
@@ -129,6 +169,7 @@ def half(model: nn.Module, dtype: Any = "float16") -> nn.Module:
         if isinstance(layer, nn.Linear):
             bias = None if layer.bias is None else layer.bias.detach()
             return WeightOnlyLinear(weights["weight"], None, bias)
-        return LAYERS[type(layer)].from_float(layer, weights)  # type: ignore[arg-type]
+        made: nn.Module = LAYERS[type(layer)].from_float(layer, weights)
+        return made
 
     return replaced(model, LAYERS, narrow).requires_grad_(False)

@@ -529,7 +529,8 @@ class Quantized(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write list and constants as safetensors."""
-        minidl.save({"graph": self.graph.to_dict(), "constants": self.state_dict()}, path)
+        graph = replace(self.graph, constants=self.constants())
+        minidl.save({"graph": graph.to_dict()}, path, compress=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Quantized:
@@ -537,10 +538,12 @@ class Quantized(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is something else.
+            ValueError: it is something else, or of another version.
         """
         content = minidl.load(path)
-        if not isinstance(content, dict) or content.keys() != {"graph", "constants"}:
+        if not isinstance(content, dict) or not isinstance(content.get("graph"), dict):
             raise ValueError(f"{path} is not a network that `Quantized.save` wrote")
-        constants = {Ref(int(name[1:])): value for name, value in content["constants"].items()}
-        return cls(Graph.from_dict(content["graph"], constants))
+        try:
+            return cls(Graph.from_dict(content["graph"]))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
