@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_distributed import HAVE_MPI, MPIRUN, version
+from tests.test_distributed import HAVE_MPI, MPIRUN, is_open_mpi
 
 
 def missing() -> str:
@@ -28,7 +28,7 @@ def missing() -> str:
         return "not root"
     if not all(map(shutil.which, ("ip", "tc", "unshare"))):
         return "no ip, tc or unshare"
-    if not HAVE_MPI or "open" not in version():
+    if not HAVE_MPI or not is_open_mpi():
         return "no Open MPI"
     name = f"mdl{os.getpid()}"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
