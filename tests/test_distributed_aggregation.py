@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minidl import distributed as dist
+from minidl.distributed import drawing
 from minidl.distributed.aggregation import ALGORITHMS, FP16, TopK
 from minidl.distributed.communicator import tree_sum
 from tests.test_distributed import mpirun, needs_mpi
@@ -63,6 +64,8 @@ def test_what_is_sent(n, size):
         dist.simulate(lambda f=function: f(dist.communicator(), np.ones(size)), n, trace)
         by_rank = [[m.array.size for m in trace if m.source == r] for r in range(n)]
         assert (max(map(sum, by_rank)), max(map(len, by_rank))) == expected[name], name
+        in_a_row = {"parameter_server": 2, "tree": 2 * lg}.get(name, expected[name][1])
+        assert len(drawing.steps(trace)) == in_a_row, name
 
 
 def test_the_ring_step_by_step():
@@ -78,6 +81,58 @@ def test_the_ring_step_by_step():
     said = {r: [trace[i].array.item() for s, i in steps if s == r] for r in range(3)}
     assert said == {0: [1, 101, 111, 111], 1: [10, 11, 111, 111], 2: [100, 110, 111, 111]}
     assert all(m.dest == (m.source + 1) % 3 for m in trace)
+    by_step = [{m.source: m.array.item() for m in step} for step in drawing.steps(trace)]
+    assert by_step == [{r: said[r][i] for r in range(3)} for i in range(4)]
+
+
+def test_collective_calls_are_steps_too():
+    trace: list[dist.Message] = []
+
+    def run():
+        c = dist.init()
+        if c.rank == 0:
+            c.send(np.ones(3), 1)
+        if c.rank == 1:
+            c.recv(np.empty(3), 0)
+        c.allreduce(np.ones(2))  # after what rank 1 has heard
+        c.barrier()
+        c.send(np.ones(1), (c.rank + 1) % 3)
+        c.recv(np.empty(1), (c.rank - 1) % 3)
+
+    dist.simulate(run, 3, trace)
+    told = [(m.call, m.source, m.dest, m.step, m.array.size) for m in trace]
+    assert told[0] == ("send", 0, 1, 0, 3)
+    assert {t for t in told if t[0] == "allreduce"} == {
+        ("allreduce", 0, None, 0, 2), ("allreduce", 1, None, 1, 2), ("allreduce", 2, None, 0, 2)
+    }  # fmt: skip
+    assert {t[3:] for t in told if t[0] == "barrier"} == {(2, 0)}
+    (first, *_), last = drawing.steps(trace)
+    assert first.step == 0 and sorted((m.source, m.step) for m in last) == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_a_drawing_has_an_arrow_for_each_message(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    drawn: dict[str, list] = {"annotate": [], "text": []}
+    for name, calls in drawn.items():
+        real = getattr(matplotlib.axes.Axes, name)
+
+        def note(self, *args, real=real, calls=calls, **settings):
+            calls.append(args[-1])
+            return real(self, *args, **settings)
+
+        monkeypatch.setattr(matplotlib.axes.Axes, name, note)
+    traces: dict[str, list[dist.Message]] = {}
+    for name, function in ALGORITHMS.items():
+        traces[name] = []
+        dist.simulate(lambda f=function: f(dist.communicator(), np.ones(6)), 3, traces[name])
+    drawing.draw_messages(traces, tmp_path / "all.png", label=lambda m: f"{m.source}>{m.dest}")
+    sent = [f"{m.source}>{m.dest}" for trace in traces.values() for m in trace]
+    assert sorted(word for word in drawn["text"] if ">" in word) == sorted(sent)
+    assert len(drawn["annotate"]) == len(sent)
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="quiet: no rank sent another one anything"):
+        drawing.draw_messages({"quiet": []}, tmp_path / "none.png")
 
 
 @needs_mpi

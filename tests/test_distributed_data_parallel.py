@@ -191,7 +191,7 @@ def test_three_ranks(case):
 
 
 @pytest.mark.parametrize("case", ["SGD", "batch norm", "uneven"])
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
 def test_the_numbers_of_one_process_with_the_whole_batch(case, n):
     """In float64, to 1e-12: gradients and running statistics, whatever the parts."""
     layers, _, sizes = CASES[case]

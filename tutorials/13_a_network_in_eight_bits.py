@@ -229,3 +229,4 @@ assert accuracy(low) > accuracy(rounded) + 0.05
 #
 # The five steps of `quantize` are in `minidl/quantization/static.py`, the observers in
 # `minidl/quantization/observers.py`, training in `minidl/quantization/qat.py`.
+# Next: `14_one_gradient_from_many_ranks.py`.

@@ -7,10 +7,11 @@
 
 A script runs unchanged alone, under mpirun, and as threads (`dist.simulate`). From top to bottom:
 `communicator.py` (what ranks say to one another), `simulation.py` and `mpi.py` (over which engine),
-`aggregation.py` (sums over ranks, written out), `data_parallel.py` (a part of the batch for each
-rank; with it `sampler.py`, `sync_batch_norm.py`, `zero.py`), `schedules.py`, `timeline.py`,
-`pipeline.py` (layers split over ranks), `tensor_parallel.py` (one layer split), `mesh.py` (all of
-it together). `mapreduce.py` is apart: a gradient as a job on Spark, where data lies in Hadoop.
+`drawing.py` (a picture of what they said), `aggregation.py` (sums over ranks, written out),
+`data_parallel.py` (a part of the batch for each rank; with it `sampler.py`, `sync_batch_norm.py`,
+`zero.py`), `schedules.py`, `timeline.py`, `pipeline.py` (layers split over ranks),
+`tensor_parallel.py` (one layer split), `mesh.py` (all of it together). `mapreduce.py` is apart: a
+gradient as a job on Spark, where data lies in Hadoop.
 """
 
 from __future__ import annotations

@@ -28,12 +28,23 @@ here = threading.local()  # .communicator: of the rank that runs in this thread
 
 
 class Message(NamedTuple):
-    """One `send`, as `simulate` records it."""
+    """One `send`, or one rank's part in a collective call, as `simulate` records it.
+
+    Attributes:
+        source, dest: from which rank to which; dest is None where all ranks take part.
+        array: what it said (of a barrier nothing).
+        where: file:line of the call.
+        step: how many messages had to arrive one after the other before this one could be sent
+            (Lamport 1978, "Time, clocks, and the ordering of events in a distributed system").
+        call: "send", "allreduce", ...
+    """
 
     source: int
-    dest: int
+    dest: int | None
     array: np.ndarray
     where: str
+    step: int = 0
+    call: str = "send"
 
 
 def simulate(
@@ -47,7 +58,7 @@ def simulate(
     Args:
         function: what each rank runs.
         world_size: how many ranks.
-        trace: a list that takes every message sent, in order.
+        trace: a list that takes every message, in order (`drawing.py` draws it).
 
     Returns:
         What the function returned on each rank.
@@ -99,6 +110,7 @@ class Meeting:
         self.calls: dict[int, Call] = {}
         self.arrays: dict[int, np.ndarray] = {}
         self.left = 0
+        self.step = 0  # of the last to come
         self.total: np.ndarray | None = None
 
     def reduced(self, op: str) -> np.ndarray:
@@ -111,7 +123,7 @@ class Mailbox:
     """What one rank sent another under one tag. Messages and receivers are numbered, and meet."""
 
     def __init__(self) -> None:
-        self.sent: list[tuple[Call, np.ndarray] | None] = []
+        self.sent: list[tuple[Call, np.ndarray, int] | None] = []
         self.receivers = 0
 
 
@@ -123,6 +135,7 @@ class Simulation:
         self.waits: list[tuple[Callable[[], bool], str] | None] = [None] * world_size
         self.ended = [False] * world_size
         self.random = [default_generator.state_dict() for _ in range(world_size)]
+        self.clocks = [0] * world_size  # see `Message.step`
         self.error: BaseException | None = None
         self.meetings: dict[Any, Meeting] = {}
         self.mailboxes: dict[Any, Mailbox] = {}
@@ -231,7 +244,8 @@ class SimulatedCommunicator(Communicator):
             if not call.agrees(theirs):
                 raise disagreement(other, theirs, self.rank, call)
         meeting.calls[self.rank] = call
-        meeting.arrays[self.rank] = np.array(array)  # a copy: the program goes on
+        meeting.arrays[self.rank] = np.array(() if array is None else array)  # a copy: it goes on
+        meeting.step = max(meeting.step, self._say(call, meeting.arrays[self.rank], None))
 
         def finish() -> Any:
             made = result
@@ -244,6 +258,7 @@ class SimulatedCommunicator(Communicator):
                 made = parts[self.rank].copy()
             elif call.name == "all_gather":
                 made = np.stack([meeting.arrays[r] for r in range(self.world_size)])
+            self._hear(meeting.step)
             meeting.left += 1
             if meeting.left == self.world_size:
                 del self.simulation.meetings[key]
@@ -255,10 +270,8 @@ class SimulatedCommunicator(Communicator):
         return self.simulation.mailboxes.setdefault((self.name, source, dest, tag), Mailbox())
 
     def _send(self, call: Call, array: Any, dest: int, tag: int, result: Any) -> Work:
-        self._mailbox(self.rank, dest, tag).sent.append((call, array.copy()))
-        if self.simulation.trace is not None:
-            source, there = self.members[self.rank], self.members[dest]
-            self.simulation.trace.append(Message(source, there, array.copy(), call.where))
+        step = self._say(call, array, self.members[dest])
+        self._mailbox(self.rank, dest, tag).sent.append((call, array.copy(), step))
         return SimulatedWork(self, call, lambda: True, lambda: result)
 
     def _recv(self, call: Call, array: Any, source: int, tag: int, result: Any) -> Work:
@@ -268,14 +281,28 @@ class SimulatedCommunicator(Communicator):
         def finish() -> Any:
             message = box.sent[number]
             assert message is not None
-            theirs, values = message
+            theirs, values, step = message
             if (call.shape, call.dtype) != (theirs.shape, theirs.dtype):
                 raise disagreement(self.rank, call, source, theirs)
             array[...] = values
             box.sent[number] = None
+            self._hear(step)
             return result
 
         return SimulatedWork(self, call, lambda: len(box.sent) > number, finish)
+
+    def _say(self, call: Call, array: Any, dest: int | None) -> int:
+        """Record a message. Returns its step."""
+        step = self.simulation.clocks[self.id]
+        if self.simulation.trace is not None:
+            said = Message(self.id, dest, np.array(array), call.where, step, call.name)
+            self.simulation.trace.append(said)
+        return step
+
+    def _hear(self, step: int) -> None:
+        """A message of that step has arrived."""
+        clocks = self.simulation.clocks
+        clocks[self.id] = max(clocks[self.id], step + 1)
 
     def split(self, color: int, key: int | None = None) -> Communicator:
         wishes = self.all_gather_object((color, self.rank if key is None else key))
