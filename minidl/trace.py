@@ -54,7 +54,7 @@ class Step:
 
     Attributes:
         op: its name in the registry.
-        inputs: a `Ref` for each tensor; numbers and None as they are.
+        inputs: a `Ref` for each tensor or array; numbers and None as they are.
         settings: keyword arguments, with `PerSample` where a number depends on the batch size.
         output: which value it made.
         layer: dotted name of the innermost module that ran it.
@@ -306,7 +306,10 @@ class Recorder:
         return ref
 
     def note(self, op: Op, inputs: tuple[Any, ...], settings: dict[str, Any], y: Tensor) -> None:
-        given = tuple(self.ref(x) if isinstance(x, Tensor) else x for x in inputs)
+        given = tuple(
+            self.ref(Tensor(x)) if isinstance(x, Tensor) or (hasattr(x, "ndim") and x.ndim) else x
+            for x in inputs
+        )
         out = self.number(y)
         if self.live.isdisjoint(x for x in given if isinstance(x, Ref)):
             self.graph.constants[out] = y.detach()
@@ -364,7 +367,8 @@ def merged(a: Any, b: Any, sizes: tuple[int, int]) -> Any:
         return a
     if isinstance(a, float | str | bool | int | Ref | np.generic | None) and a == b:
         return a
-    raise ValueError(f"{a!r} and {b!r}")
+    a, b = (f"an array of shape {x.shape}" if hasattr(x, "shape") else repr(x) for x in (a, b))
+    raise ValueError(f"{a} and {b}")
 
 
 def resolve(setting: Any, n: int) -> Any:

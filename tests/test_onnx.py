@@ -14,7 +14,7 @@ import minidl
 import minidl.nn.functional as F
 from minidl import models, nn, optim
 from minidl.onnx import GraphModule, export, load
-from minidl.quantization import Quantized, quantize
+from minidl.quantization import Quantized, convert, prepare_qat, quantize
 
 onnx = pytest.importorskip("onnx")
 
@@ -157,9 +157,9 @@ def seen(model: Any, *shape: int) -> Any:
     return model.eval()
 
 
-def around(model: Any, x: Any, path: Path) -> GraphModule:
+def around(model: Any, x: Any, path: Path, **how: Any) -> Any:
     export(model, x, path / "m.onnx")
-    return load(path / "m.onnx")
+    return load(path / "m.onnx", **how)
 
 
 @pytest.mark.parametrize("name, shape", [("cnn", (1, 28, 28)), ("resnet8", (3, 32, 32)),
@@ -195,20 +195,20 @@ def test_an_imported_network_learns_and_is_quantized(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] and (again.find("bn1").running_mean.numpy() != before).any()
 
 
-def test_an_integer_network_comes_back_with_its_rounding(tmp_path: Path) -> None:
-    """As the real numbers that the integers stand for; and gradients pass."""
+def test_an_integer_network_can_learn_again(tmp_path: Path) -> None:
+    """With rounding, as the real numbers that its integers stand for; gradients pass."""
     minidl.manual_seed(0)
     shape = (1, 28, 28)
     model, x = models.get("cnn", num_classes=10, in_channels=1).eval(), minidl.rand(6, *shape)
-    quantized = quantize(model, [minidl.rand(32, *shape)])
-    again = around(quantized, x, tmp_path)
+    quantized: Any = quantize(model, [minidl.rand(32, *shape)])
+    again = around(quantized, x, tmp_path, quantized=False)
+    assert isinstance(again, GraphModule)
     y, exact = quantized(x).numpy(), model(x).numpy()
     assert np.abs(again(x).numpy() - y).mean() < 0.2 * np.abs(exact - y).mean()
     assert isinstance(again.find("conv1"), nn.Conv2d) and isinstance(again.find("fc2"), nn.Linear)
-    w = again.find("conv1").weight.numpy() / quantized.graph.constants[  # type: ignore[union-attr]
-        quantized.graph.scales[next(s for s in quantized.graph.steps  # type: ignore[union-attr]
-                                    if s.op == "conv_integer").inputs[1]]
-    ].numpy().reshape(-1, 1, 1, 1)  # fmt: skip
+    (first, *_) = (step for step in quantized.graph.steps if step.op == "conv_integer")
+    scale = quantized.graph.constants[quantized.graph.scales[first.inputs[1]]].numpy()
+    w = again.find("conv1").weight.numpy() / scale.reshape(-1, 1, 1, 1)
     np.testing.assert_allclose(w, np.rint(w), atol=1e-4)
     with minidl.no_grad():
         rounded = again(x).numpy()
@@ -217,6 +217,75 @@ def test_an_integer_network_comes_back_with_its_rounding(tmp_path: Path) -> None
     assert all(np.abs(p.grad.numpy()).sum() > 0 for p in again.parameters())  # type: ignore[union-attr]
     once_more = around(again.eval(), x, tmp_path)  # its rounding is written as it came
     assert np.array_equal(once_more(x).numpy(), rounded)
+
+
+class Tokens(nn.Module):
+    """Products of three dimensions, a mean over windows, an addition without ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mean = nn.Conv2d(2, 4, 3, padding=1), nn.AdaptiveAvgPool2d((3, 2))
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        tokens = self.mean(self.conv(x)).flatten(2).permute(0, 2, 1)
+        return (tokens + self.down(F.relu(self.up(tokens))))[:, 1:]
+
+
+def learned(model: Any, x: Any) -> Any:
+    """After quantization-aware training: grids of 4 bits, several for one value."""
+    qat = prepare_qat(model, bits=4, learned=True)
+    with minidl.no_grad():
+        qat(x)
+    return convert(qat)
+
+
+INTEGERS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
+    "cnn": (lambda x: models.get("cnn", num_classes=10, in_channels=3), (3, 28, 28), {}),
+    "resnet8": (lambda x: models.get("resnet8", num_classes=4), (3, 16, 16), {}),
+    "per tensor": (lambda x: models.get("resnet8"), (3, 16, 16), {"per_channel": False}),
+    "tokens": (lambda x: Tokens(), (2, 6, 4), {}),
+    "4 bits": (lambda x: learned(models.get("resnet8"), x), (3, 16, 16), {}),
+    "a float layer": (lambda x: nn.Sequential(nn.Linear(5, 7), nn.Sigmoid(), nn.Linear(7, 3)),
+                      (5,), {"skip": ["1"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_an_integer_network_comes_back(name: str, tmp_path: Path) -> None:
+    """The same ops on the same integers; also once it was saved, and written once more."""
+    make, shape, how = INTEGERS[name]
+    minidl.manual_seed(0)
+    x = minidl.randn(8, *shape)
+    model = make(x)
+    quantized: Any = quantize(seen(model, *shape) if name != "4 bits" else model, [x], **how)
+    again = around(quantized, x[:2], tmp_path)
+    assert isinstance(again, Quantized)
+    assert [step.op for step in again.graph.steps] == [step.op for step in quantized.graph.steps]
+    y = minidl.randn(5, *shape) * 2  # some of it beyond the ranges
+    expected = quantized(y).numpy()
+    assert np.array_equal(again(y).numpy(), expected)
+    assert sorted(map(str, again.state_dict().values())) == sorted(
+        map(str, quantized.state_dict().values())
+    )
+    again.save(tmp_path / "q.safetensors")
+    for other in (Quantized.load(tmp_path / "q.safetensors"), around(again, x[:2], tmp_path)):
+        assert np.array_equal(other(y).numpy(), expected)
+
+
+def test_large_biases_come_back(tmp_path: Path) -> None:
+    """Beside weights that are nearly zero: integers that no float32 tells from their neighbours."""
+    minidl.manual_seed(0)
+    model: Any = nn.Linear(6, 4)
+    model.weight.array[:] *= 1e-4
+    x = minidl.randn(8, 6)
+    quantized: Any = quantize(model, [x])
+    (step,) = (s for s in quantized.graph.steps if s.op == "matmul_integer")
+    bias = quantized.graph.constants[step.inputs[5]].numpy()
+    assert np.abs(bias).max() > 2**25
+    again = around(quantized, x, tmp_path)
+    (step,) = (s for s in again.graph.steps if s.op == "matmul_integer")
+    assert np.array_equal(again.graph.constants[step.inputs[5]].numpy(), bias)
 
 
 # Files by others
@@ -281,6 +350,80 @@ def test_other_layers(tmp_path: Path) -> None:
     normal = np.trunc(F.layer_norm(pooled, (3,)).numpy() * 9)
     np.testing.assert_allclose(model(x).numpy(), normal.mean((2, 3)), rtol=1e-5)
     assert [type(m).__name__ for m in model.children()][-1] != "Function"
+
+
+SCALES = {
+    "s": np.float32(0.05),
+    "z": np.uint8(120),
+    "t": np.float32(0.1234),
+    "zt": np.uint8(3),
+    "ws": np.float32(0.01),
+    "wz": np.int8(0),
+    "w": np.arange(-8, 4, dtype=np.int8).reshape(3, 4),
+}
+DENSE = [
+    ("QuantizeLinear", ["x", "s", "z"], ["q"], {}),
+    ("DequantizeLinear", ["q", "s", "z"], ["r"], {}),
+    ("DequantizeLinear", ["w", "ws", "wz"], ["v"], {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "nodes, ops",
+    [
+        # A product that is rounded, and another one whose weights are the other way round.
+        ([*DENSE, ("Gemm", ["r", "v"], ["h"], {"transB": 1}),
+          ("QuantizeLinear", ["h", "t", "zt"], ["i"], {}),
+          ("DequantizeLinear", ["i", "t", "zt"], ["k"], {}), ("MatMul", ["k", "v"], ["y"], {})],
+         "quantize_linear matmul_integer matmul_integer"),
+        # What else reads the sums reads them unrounded.
+        ([*DENSE, ("Gemm", ["r", "v"], ["h"], {"transB": 1}),
+          ("QuantizeLinear", ["h", "t", "zt"], ["i"], {}),
+          ("DequantizeLinear", ["i", "t", "zt"], ["k"], {}), ("Sub", ["h", "k"], ["y"], {})],
+         "quantize_linear matmul_integer quantize_linear dequantize_linear sub"),
+        # Two that round alike, one that rounds otherwise; an addition of what both stand for.
+        ([*DENSE, ("QuantizeLinear", ["x", "s", "z"], ["i"], {}),
+          ("DequantizeLinear", ["i", "s", "z"], ["k"], {}),
+          ("QuantizeLinear", ["x", "t", "zt"], ["m"], {}),
+          ("DequantizeLinear", ["m", "t", "zt"], ["n"], {}), ("Add", ["k", "n"], ["a"], {}),
+          ("Relu", ["a"], ["b"], {}), ("QuantizeLinear", ["b", "t", "zt"], ["c"], {}),
+          ("DequantizeLinear", ["c", "t", "zt"], ["d"], {}), ("Add", ["d", "r"], ["e"], {}),
+          ("Gemm", ["r", "v"], ["h"], {"transB": 1}), ("Gemm", ["e", "v"], ["f"], {"transB": 1}),
+          ("Add", ["h", "f"], ["y"], {})],
+         "quantize_linear quantize_linear add_integer dequantize_linear dequantize_linear add "
+         "matmul_integer linear add"),
+        # Not symmetric weights, and weights by column where rows are added up: real numbers.
+        ([*DENSE[:2], ("DequantizeLinear", ["w", "ws", "wz7"], ["v"], {}),
+          ("Gemm", ["r", "v"], ["y"], {"transB": 1})], None),
+        ([*DENSE[:2], ("DequantizeLinear", ["w", "columns", "zeros"], ["v"], {"axis": 1}),
+          ("Gemm", ["r", "v"], ["y"], {"transB": 1})], None),
+        # Numbers that end somewhere else than at an integer.
+        ([*DENSE, ("Gemm", ["r", "v"], ["h"], {"transB": 1}), ("Min", ["r", "top"], ["m"], {}),
+          ("ReduceSum", ["m", "axes"], ["n"], {}), ("Add", ["h", "n"], ["y"], {})],
+         "quantize_linear matmul_integer dequantize_linear minimum sum add"),
+    ],
+    ids=["products", "unrounded", "alike", "asymmetric", "columns", "top"],
+)  # fmt: skip
+def test_patterns_of_others(nodes: Any, ops: str | None, tmp_path: Path) -> None:
+    """What is recognised as integers, and what stays as it is: either way the same numbers."""
+    constants = {**SCALES, "wz7": np.int8(7), "columns": np.full(4, 0.01, "f"),
+                 "zeros": np.zeros(4, np.int8), "top": np.float32(0.123),
+                 "axes": np.int64([1])}  # fmt: skip
+    path = file(tmp_path, nodes, {"x": ["n", 4]}, constants)
+    model, rounding = load(path), load(path, quantized=False)
+    assert isinstance(rounding, GraphModule)
+    assert (type(model) is Quantized) == (ops is not None)
+    if ops:
+        assert [step.op for step in model.graph.steps] == ops.split()
+    x = minidl.randn(50, 4) * 3
+    np.testing.assert_allclose(model(x).numpy(), rounding(x).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_that_a_file_leaves_open(tmp_path: Path) -> None:
+    nodes = [*DENSE, ("Gemm", ["r", "v"], ["y"], {"transB": 1})]
+    path = file(tmp_path, nodes, {"x": ["n", "features"]}, SCALES)
+    with pytest.warns(UserWarning, match="with rounding, for the file leaves open of which size"):
+        assert isinstance(load(path), GraphModule)
 
 
 @pytest.mark.parametrize(

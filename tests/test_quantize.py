@@ -158,6 +158,36 @@ def test_fold(residual: Any) -> None:
     )
 
 
+class Added(nn.Module):
+    """Biases that are added in steps of their own, and means over windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(16, 5, bias=False)
+        self.a, self.b = nn.Parameter(minidl.randn(4, 1, 1)), nn.Parameter(minidl.randn(5))
+        self.pool = nn.AvgPool2d(2)
+
+    def forward(self, x: Any) -> Any:
+        x = self.pool(F.relu(self.norm(self.conv(x) + self.a)))
+        return self.b + self.fc(x.flatten(1))
+
+
+def test_biases_of_their_own_and_means_over_windows() -> None:
+    minidl.manual_seed(0)
+    model = Added().eval()
+    model.norm.running_mean.array[:] = [1, -1, 0.5, 0]
+    quantized: Any = quantize(model, BATCHES)
+    assert [step.op for step in quantized.graph.steps] == [
+        "quantize_linear", "conv_integer", "adaptive_avg_pool2d_integer", "reshape",
+        "matmul_integer",
+    ]  # fmt: skip
+    assert snr(model(BATCHES[0]).numpy(), quantized(BATCHES[0]).numpy()) > 30
+    for pool in (nn.AvgPool2d(3), nn.AvgPool2d(2, 1), nn.AvgPool2d(2, padding=1)):
+        with pytest.raises(ValueError, match=r"avg_pool2d in layer '1' has no form on integers"):
+            quantize(nn.Sequential(nn.Conv2d(2, 4, 3), pool), BATCHES)
+
+
 def test_other_batch_sizes_and_the_parameters(residual: Any) -> None:
     model = quantize(residual, BATCHES)
     whole = model(BATCHES[0]).numpy()

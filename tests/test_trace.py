@@ -7,7 +7,7 @@ import minidl
 import minidl.nn.functional as F
 from minidl import models, nn
 from minidl.nn import Module
-from minidl.trace import PerSample, Ref, coded, decoded, resolve, trace
+from minidl.trace import Graph, PerSample, Ref, coded, decoded, resolve, trace
 
 NETWORKS = {
     "cnn": (lambda: models.get("cnn", num_classes=10, in_channels=1), (1, 28, 28)),
@@ -49,6 +49,20 @@ def test_a_trace_of_a_batch_norm_is_a_scale_and_a_shift():
     assert [step.op for step in graph.steps] == ["conv2d", "scale_shift", "relu"]
     assert [step.layer for step in graph.steps] == ["0", "1", "2"]
     assert set(graph.names.values()) == {"0.weight", "0.bias"}
+
+
+class Framed(Module):
+    def forward(self, x):
+        return F.max_pool2d(F.pad(x, (0, 1, 2, 0), value=-np.inf), 2) + np.arange(2)[:, None]
+
+
+def test_arrays_are_constants_too():
+    x = minidl.rand(3, 1, 2, 3)
+    graph = trace(Framed(), x)
+    assert all(isinstance(ref, Ref) for step in graph.steps for ref in step.inputs)
+    assert np.array_equal(graph(x[:1]).numpy(), Framed()(x[:1]).numpy())
+    steps = Graph.from_dict(graph.to_dict())
+    assert np.array_equal(steps(x).numpy(), graph(x).numpy())
 
 
 class Two(Module):

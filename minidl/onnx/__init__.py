@@ -1,7 +1,8 @@
 """ONNX: networks out to other programs and in again, and its operators on integers.
 
     minidl.onnx.export(model, images, "m.onnx")     # float, or what `quantize` made
-    model = minidl.onnx.load("m.onnx")              # a module to run, train and quantize
+    model = minidl.onnx.load("m.onnx")              # a module to run, train and quantize; or, of a
+                                                    # file with rounding in it, one on integers
     minidl.onnx.operators.qlinear_conv(...)
 
 (Inside minidl, ``import onnx`` is the package of that name, which reads and writes the files.)

@@ -668,15 +668,6 @@ def _(w: Writer, step: Step) -> str:
 
 @rule("minimum", table=REALS)
 def _(w: Writer, step: Step) -> str:
-    """What fewer than 8 bits end at."""
-    x, most = step.inputs
-    zero, scale = w.array(w.zeros[x]), w.array(w.graph.scales[x])
-    top = (int(w.array(most)) - int(zero)) * scale
-    return w.node("Min", w.real(x), w.constant(np.asarray(top, np.float32)))
-
-
-@rule("minimum", table=REALS)
-def _(w: Writer, step: Step) -> str:
     """Fewer than 8 bits: what the largest integer stands for."""
     q, most = step.inputs
     zero, scale = w.array(w.zeros[q]).astype(np.int32), w.array(w.graph.scales[q])
@@ -699,15 +690,19 @@ def _(w: Writer, step: Step) -> str:
     """Weights and bias are integers too: q_w with s_w, and b with s_x s_w."""
     x, q, bias = step.inputs[0], step.inputs[1], step.inputs[5]
     x_scale, w_scale = (w.array(w.graph.scales[ref]) for ref in (x, q))
-    product = step.op == "matmul_integer"
+    product, flat = step.op == "matmul_integer", len(step.shape) == 2
 
-    def integers(name: str, value: np.ndarray, scale: np.ndarray) -> str:
+    def integers(name: str, value: np.ndarray, scale: np.ndarray, axis: int = 0) -> str:
         scale = scale if scale.size > 1 else scale.reshape(())
         given = w.constant(value, parameter=f"{w.where}.{name}".lstrip("."))
         zero = w.constant(np.zeros(scale.shape, value.dtype))
-        return w.node("DequantizeLinear", given, w.constant(scale), zero, axis=0)
+        return w.node("DequantizeLinear", given, w.constant(scale), zero, axis=axis)
 
-    weight = integers("weight", w.array(q).T if product else w.array(q), w_scale)
     b = "" if bias is None else integers("bias", w.array(bias), x_scale * w_scale)
-    y = (linear if product else convolution)(w, step, w.real(x), weight, b)
+    if product and not flat:
+        y = w.node("MatMul", w.real(x), integers("weight", w.array(q), w_scale, axis=1))
+        y = w.node("Add", y, b) if b else y
+    else:
+        weight = integers("weight", w.array(q).T if product else w.array(q), w_scale)
+        y = (linear if product else convolution)(w, step, w.real(x), weight, b)
     return w.node("Relu", y) if step.settings["relu"] else y

@@ -3,39 +3,33 @@
     model = minidl.onnx.load("m.onnx")
     model(images)
     model.train()   # its parameters learn, its batch norms follow, its dropout drops
+    load("m.int8.onnx")     # a network on integers
 
-Every node becomes a layer: those with weights the layers of `minidl.nn` that they are, so that
-training, transfer and quantization find what they look for, the others a `Function`. The module
-runs them in the file's order, whatever the batch size, if the file itself does not fix it.
+Every node becomes a layer (`layers.py`): those with weights the layers of `minidl.nn` that they
+are, so that training, transfer and quantization find what they look for, the others a `Function`.
+The module runs them in the file's order, whatever the batch size, if the file itself does not fix
+it.
 
 A QuantizeLinear with a DequantizeLinear after it rounds numbers; that becomes a `Rounding`, through
-which gradients pass. Integer weights become the real numbers that they stand for.
-
-What is not known, an operator or an attribute of one, is an error; nothing is left out silently.
+which gradients pass. Integer weights become the real numbers that they stand for. Of such a network
+`integers.py` makes one that computes with the integers.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minidl import nn
-from minidl.autograd import mode
-from minidl.nn import functional as F
-from minidl.onnx import operators
 from minidl.onnx.export import library
-from minidl.onnx.operators import explicit_pads
-from minidl.ops import elementwise as e
-from minidl.ops import quantized, reduce, shape
-from minidl.ops.linalg import einsum, matmul
-from minidl.ops.softmax import log_softmax, logsumexp, softmax
-from minidl.quantization.fake_quantize import fake_quantize
+from minidl.onnx.integers import on_integers
+from minidl.onnx.layers import HELP, LAYERS, Node
 from minidl.tensor import Tensor
 
 OLDEST = 7  # before, broadcasting was written otherwise
@@ -58,35 +52,6 @@ class Function(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
-
-
-class Rounding(nn.Module):
-    """QuantizeLinear and DequantizeLinear: x rounded to the numbers that integers stand for.
-
-    Gradients go straight through, where nothing is clipped (`fake_quantize.py`).
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, scale: np.ndarray, zero_point: np.ndarray, axis: int) -> None:
-        super().__init__()
-        self.register_buffer("scale", Tensor(scale))
-        self.register_buffer("zero_point", Tensor(zero_point))
-        self.axis = axis
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.requires_grad and mode.enabled:
-            limits = np.iinfo(self.zero_point.dtype)
-            return fake_quantize(
-                input, self.scale, self.zero_point.astype(input.dtype), quant_min=limits.min,
-                quant_max=limits.max, axis=self.axis,
-            )  # fmt: skip
-        q = quantized.quantize_linear(input, self.scale, self.zero_point, axis=self.axis)
-        return quantized.dequantize_linear(q, self.scale, self.zero_point, axis=self.axis)
-
-    def extra_repr(self) -> str:
-        return f"{self.zero_point.dtype}, scales={self.scale.numel()}"
 
 
 class Call(NamedTuple):
@@ -163,8 +128,14 @@ class GraphModule(nn.Module):
 # Reading ----------------------------------------------------------------------------------
 
 
-def load(f: str | os.PathLike[str]) -> GraphModule:
-    """The network in an ONNX file, in eval mode.
+def load(f: str | os.PathLike[str], *, quantized: bool = True) -> Any:
+    """The network in an ONNX file, in eval mode: a `GraphModule`, or a `Quantized`.
+
+    Args:
+        quantized: of a file with a DequantizeLinear before and a QuantizeLinear after its
+            operators: make the network on integers that it stands for, as `quantize` would. (If
+            that cannot be, a warning says why.) False: a `GraphModule`, which rounds where the file
+            does, and can be trained.
 
     Raises:
         ImportError: the package onnx is not installed.
@@ -182,79 +153,23 @@ def load(f: str | os.PathLike[str]) -> GraphModule:
         raise ValueError(f"{f}: not a valid ONNX file ({str(error).strip()})") from None
     if content.functions:
         content = onnx.inliner.inline_local_functions(content)
-    return Reader(content).read()
+    reader = Reader(content)
+    module = reader.read()
+    if not quantized or not reader.integers or not reader.rounds():
+        return module
+    try:
+        return on_integers(module, reader.examples(), reader.integers) or module
+    except (ValueError, RuntimeError) as error:
+        warnings.warn(f"{f}: comes as real numbers with rounding, for {error}", stacklevel=2)
+        return module
 
 
-class Node:
-    """A node, as the functions below see it: its attributes are taken one by one."""
-
-    def __init__(self, reader: Reader, proto: Any) -> None:
-        value = reader.onnx.helper.get_attribute_value
-        self.reader, self.proto, self.op, self.name = reader, proto, proto.op_type, proto.name
-        self.inputs, self.outputs = list(proto.input), list(proto.output)
-        self.opset = reader.opset
-        self.attributes = {a.name: value(a) for a in proto.attribute}
-        self.consumed: set[int] = set()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """An attribute."""
-        value = self.attributes.pop(name, default)
-        if isinstance(value, float):
-            return float(str(np.float32(value)))  # as it was written: 1e-05, not 9.99999975e-06
-        return value.decode() if isinstance(value, bytes) else value
-
-    def constant(self, i: int) -> np.ndarray | None:
-        """An input that is known beforehand, which the layer is not given then; None: absent.
-
-        Raises:
-            ValueError: it is known only when the network runs.
-        """
-        name = self.input(i)
-        if name and name not in self.reader.constants:
-            raise self.refused(f"input {name!r} must be a constant")
-        self.consumed.add(i)
-        return self.reader.constants[name] if name else None
-
-    def known(self, i: int) -> bool:
-        """Whether an input is a constant, or absent."""
-        return not self.input(i) or self.input(i) in self.reader.constants
-
-    def input(self, i: int) -> str:
-        return self.inputs[i] if i < len(self.inputs) else ""
-
-    def rank(self, i: int = 0) -> int | None:
-        return self.reader.ranks.get(self.input(i))
-
-    def refused(self, why: str) -> ValueError:
-        return ValueError(
-            f"node {self.name or self.outputs[0]!r} ({self.op}, opset {self.opset}) cannot be "
-            f"imported: {why}. {HELP}"
-        )
-
-
-HELP = (
-    "Cut it out of the file (onnx.utils.extract_model), have it exported otherwise, or write a "
-    "function for it in minidl.onnx.load.LAYERS"
-)
-Layer = nn.Module | Callable[..., Any]
 WEIGHTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "PRelu")
 BESIDE = {
     "QuantizeLinear": "quantize",
     "DequantizeLinear": "rounding",
 }  # the layer's own name stays
-LAYERS: dict[str, Callable[[Node], Layer | Sequence[Layer]]] = {}
 SEVERAL = ("Split", "DynamicQuantizeLinear")  # what has several outputs
-
-
-def layer(*ops: str) -> Callable[[Any], Any]:
-    """A function that makes the layer of a node: a Module, or a function of the inputs that it did
-    not take as constants; or several, of which each runs on what the one before made."""
-
-    def register(function: Any) -> Any:
-        LAYERS.update(dict.fromkeys(ops, function))
-        return function
-
-    return register
 
 
 class Reader:
@@ -265,6 +180,8 @@ class Reader:
         weights: of these, names of those that are parameters where a function takes them.
         ranks: of values: how many dimensions they have, if that is known.
         makers: the node that makes a value.
+        dequantized: of constants that a DequantizeLinear made: (integers, scale, axis).
+        integers: of these, those that are parameters of layers, by their paths.
     """
 
     def __init__(self, content: Any) -> None:
@@ -289,6 +206,8 @@ class Reader:
             for value in values
             if value.type.tensor_type.HasField("shape")
         } | {name: value.ndim for name, value in self.constants.items()}
+        self.dequantized: dict[str, Any] = {}
+        self.integers: dict[str, Any] = {}
         self.module = GraphModule()
         self.used = {v.name for v in self.graph.output}.union(*(n.input for n in self.graph.node))
         self.layers = {*map(self.weights_path, self.graph.node)}
@@ -337,6 +256,30 @@ class Reader:
             outputs = node.outputs if last else [f"{node.outputs[0]}/{i}"]
             self.module.calls.append(Call(place, tuple(names), tuple(outputs)))
             names = outputs
+        for i, parameter in enumerate(("weight", "bias"), 1):
+            if node.op in WEIGHTS and node.input(i) in self.dequantized:
+                self.integers[f"{place}.{parameter}"] = self.dequantized[node.input(i)]
+
+    def rounds(self) -> bool:
+        return any(node.op_type == "QuantizeLinear" for node in self.graph.node)
+
+    def examples(self) -> list[Tensor]:
+        """Inputs, of two samples, as the file describes them.
+
+        Raises:
+            ValueError: a size is left open.
+        """
+        found = []
+        for value in self.graph.input:
+            if value.name in self.constants:
+                continue
+            kind = value.type.tensor_type
+            sizes = [dim.dim_value for dim in kind.shape.dim]
+            if not sizes or not all(sizes[1:]):
+                raise ValueError(f"the file leaves open of which size input {value.name!r} is")
+            dtype = self.onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            found.append(Tensor(np.zeros((2, *sizes[1:]), dtype)))
+        return found
 
     def path(self, node: Any) -> str:
         """Where a node's layer goes: where its weights were, or what the node is called."""
@@ -398,681 +341,3 @@ def real(array: np.ndarray) -> Any:
 
 def plain(x: Any) -> np.ndarray:
     return x.detach().numpy() if isinstance(x, Tensor) else np.asarray(x)
-
-
-def parameter(array: np.ndarray) -> nn.Parameter:
-    return nn.Parameter(Tensor(np.array(array)))
-
-
-def ints(x: Any) -> list[int]:
-    """Numbers, in a NumPy array or a Tensor or a list."""
-    x = x.numpy() if isinstance(x, Tensor) else x
-    return [int(n) for n in np.reshape(x, -1)]
-
-
-# Elementwise ------------------------------------------------------------------------------
-
-SIMPLE: dict[str, Callable[..., Any]] = {
-    "Add": lambda x, y: x + y, "Sub": lambda x, y: x - y, "Mul": lambda x, y: x * y,
-    "Pow": lambda x, y: alike(e.pow_(x, y), x),
-    "Neg": e.neg, "Exp": e.exp, "Log": e.log, "Sqrt": e.sqrt,
-    "Abs": e.abs_, "Sin": e.sin, "Cos": e.cos, "Erf": e.erf, "Sign": e.sign, "Floor": e.floor,
-    "Ceil": e.ceil, "Round": e.round_, "IsNaN": e.isnan, "Softplus": e.softplus,
-    "Reciprocal": lambda x: 1 / x, "Not": e.logical_not, "And": e.logical_and, "Or": e.logical_or,
-    "Xor": e.logical_xor, "Equal": e.eq, "Less": e.lt, "LessOrEqual": e.le, "Greater": e.gt,
-    "GreaterOrEqual": e.ge, "Where": e.where, "Identity": lambda x: x,
-    "Softsign": lambda x: x / (1 + e.abs_(x)), "Mish": lambda x: x * e.tanh(e.softplus(x)),
-    "HardSwish": lambda x: x * e.clamp(x / 6 + 0.5, min=0, max=1),
-    "PRelu": lambda x, slope: e.where(x < 0, x * slope, x),
-    "MatMul": matmul, "GlobalMaxPool": lambda x: reduce.amax(x, dim=spatial(x), keepdim=True),
-}  # fmt: skip
-
-
-@layer(*SIMPLE)
-def _(node: Node) -> Layer:
-    if node.op == "MatMul" and node.known(1) and node.rank(1) == 2 and not node.known(0):
-        weight = node.constant(1)
-        assert weight is not None
-        return dense(weight.T, None)
-    return SIMPLE[node.op]
-
-
-def alike(y: Any, x: Any) -> Any:
-    return y if y.dtype == x.dtype else e.astype(y, dtype=x.dtype)
-
-
-def spatial(x: Any) -> tuple[int, ...]:
-    return tuple(range(2, x.ndim))
-
-
-@layer("Div")
-def _(node: Node) -> Layer:
-    def div(x: Any, y: Any) -> Any:
-        """Of integers: towards 0."""
-        if x.dtype.kind == "f":
-            return x / y
-        return e.astype(e.sign(x) * e.sign(y) * (e.abs_(x) // e.abs_(y)), dtype=x.dtype)
-
-    return div
-
-
-FOLDED: dict[str, Callable[..., Any]] = {"Sum": e.add, "Max": e.maximum, "Min": e.minimum,
-                                         "Mean": e.add}  # fmt: skip
-
-
-@layer(*FOLDED)
-def _(node: Node) -> Layer:
-    def fold(*xs: Any) -> Any:
-        y = xs[0]
-        for x in xs[1:]:
-            y = FOLDED[node.op](y, x)
-        return y / len(xs) if node.op == "Mean" else y
-
-    return fold
-
-
-ACTIVATIONS: dict[str, Callable[[Node], nn.Module]] = {
-    "Relu": lambda n: nn.ReLU(), "Sigmoid": lambda n: nn.Sigmoid(), "Tanh": lambda n: nn.Tanh(),
-    "Elu": lambda n: nn.ELU(n.get("alpha", 1.0)),
-    "LeakyRelu": lambda n: nn.LeakyReLU(n.get("alpha", 0.01)),
-    "Gelu": lambda n: nn.GELU(n.get("approximate", "none")),
-}  # fmt: skip
-
-
-@layer(*ACTIVATIONS)
-def _(node: Node) -> Layer:
-    return ACTIVATIONS[node.op](node)
-
-
-@layer("Swish")
-def _(node: Node) -> Layer:
-    alpha = node.get("alpha", 1.0)
-    return lambda x: x * e.sigmoid(x * alpha)
-
-
-@layer("HardSigmoid")
-def _(node: Node) -> Layer:
-    alpha, beta = node.get("alpha", 0.2), node.get("beta", 0.5)
-    return lambda x: e.clamp(x * alpha + beta, min=0, max=1)
-
-
-@layer("Clip")
-def _(node: Node) -> Layer:
-    if node.opset < 11:
-        low, high = node.get("min"), node.get("max")
-    elif node.known(1) and node.known(2):
-        low, high = (None if v is None else v.item() for v in map(node.constant, (1, 2)))
-    else:
-        return lambda x, low=None, high=None: bounded(x, low, high)
-    if (low, high) == (0, 6):
-        return nn.ReLU6()
-    return (lambda x: x) if low is high is None else lambda x: e.clamp(x, min=low, max=high)
-
-
-def bounded(x: Any, low: Any, high: Any) -> Any:
-    x = x if low is None else e.maximum(x, low)
-    return x if high is None else e.minimum(x, high)
-
-
-@layer("Cast")
-def _(node: Node) -> Layer:
-    dtype = node.reader.onnx.helper.tensor_dtype_to_np_dtype(node.get("to"))
-    node.get("saturate"), node.get("round_mode")  # of eight-bit floats
-    return lambda x: e.astype(x, dtype=dtype)
-
-
-@layer("CastLike")
-def _(node: Node) -> Layer:
-    node.get("saturate"), node.get("round_mode")
-    return lambda x, like: e.astype(x, dtype=like.dtype)
-
-
-@layer("Dropout")
-def _(node: Node) -> Layer:
-    if node.opset < 12:
-        return nn.Dropout(node.get("ratio", 0.5))
-    node.get("seed")
-    ratio = node.constant(1)
-    if (training := node.constant(2)) is not None and training.item():
-        raise node.refused("it drops also when it is not trained")
-    return nn.Dropout(0.5 if ratio is None else ratio.item())
-
-
-@layer("Softmax", "LogSoftmax")
-def _(node: Node) -> Layer:
-    f = softmax if node.op == "Softmax" else log_softmax
-    if node.opset >= 13:
-        axis = node.get("axis", -1)
-        return nn.Softmax(axis) if node.op == "Softmax" else nn.LogSoftmax(axis)
-    axis = node.get("axis", 1)
-
-    def flat(x: Any) -> Any:
-        """Until opset 12: over this and all following axes."""
-        start = math.prod(x.shape[: axis % x.ndim])
-        return shape.reshape(f(shape.reshape(x, shape=(start, -1)), dim=1), shape=x.shape)
-
-    return flat
-
-
-# Products ---------------------------------------------------------------------------------
-
-
-def dense(weight: np.ndarray, bias: np.ndarray | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    made.weight = parameter(weight)
-    made.bias = None if bias is None else parameter(bias)
-    return made
-
-
-@layer("Gemm")
-def _(node: Node) -> Layer:
-    alpha, beta = node.get("alpha", 1.0), node.get("beta", 1.0)
-    of_a, of_b = node.get("transA", 0), node.get("transB", 0)
-    if not of_a and not node.known(0) and node.known(1) and node.known(2):
-        weight, bias = node.constant(1), node.constant(2)
-        assert weight is not None
-        weight = weight if of_b else weight.T
-        if bias is None or bias.size == 1 or bias.shape in ((len(weight),), (1, len(weight))):
-            weight = weight if alpha == 1 else (alpha * weight).astype(weight.dtype)
-            if bias is not None:
-                bias = np.broadcast_to(bias.reshape(-1), len(weight))
-                bias = bias if beta == 1 else (beta * bias).astype(bias.dtype)
-            return dense(weight, bias)
-        node.consumed.clear()
-
-    def gemm(a: Any, b: Any, c: Any = None) -> Any:
-        a = shape.permute(a, dims=(1, 0)) if of_a else a
-        b = shape.permute(b, dims=(1, 0)) if of_b else b
-        y = matmul(a, b) * alpha
-        return y if c is None else y + c * beta
-
-    return gemm
-
-
-class Window:
-    """The attributes of what slides over images: convolution and pooling."""
-
-    def __init__(self, node: Node, kernel: Any = None) -> None:
-        self.kernel = tuple(node.get("kernel_shape", kernel or ()))
-        self.axes = len(self.kernel)
-        if self.axes not in (1, 2):
-            raise node.refused(f"{self.axes} axes, where 1 or 2 are possible")
-        self.stride = tuple(node.get("strides", (1,) * self.axes))
-        self.dilation = tuple(node.get("dilations", (1,) * self.axes))
-        self.auto_pad, self.pads = node.get("auto_pad", "NOTSET"), node.get("pads")
-
-    def padding(self, size: Sequence[int]) -> tuple[int, ...]:
-        """The beginning of each axis, then the end of each."""
-        return explicit_pads(
-            self.auto_pad, self.pads, size, self.kernel, self.stride, self.dilation
-        )
-
-    def symmetric(self) -> tuple[int, ...] | None:
-        """The padding, if it is that at both ends whatever the size, and at most half a window (as
-        pooling wants it); else None."""
-        if self.auto_pad.startswith("SAME"):
-            return None
-        pads = self.padding((0,) * self.axes)
-        before, after = pads[: self.axes], pads[self.axes :]
-        fits = all(2 * p <= k for p, k in zip(before, self.kernel))
-        return before if before == after and fits else None
-
-    def pad(self, x: Any, value: float = 0.0) -> Any:
-        pads = self.padding(x.shape[2:])
-        pairs = zip(pads[: self.axes], pads[self.axes :])
-        return shape.pad(x, [n for pair in reversed([*pairs]) for n in pair], value)
-
-    def stages(
-        self, make: Callable[[tuple[int, ...]], Layer], lowest: bool = False
-    ) -> Sequence[Layer]:
-        """A layer made with its padding; or, made without, after a function that pads: with 0, or
-        with the lowest number that there is."""
-        padding = self.symmetric()
-        if padding is not None:
-            return [make(padding)]
-
-        def pad(x: Any) -> Any:
-            low = -math.inf if x.dtype.kind == "f" else int(np.iinfo(x.dtype).min)
-            return self.pad(x, low if lowest else 0)
-
-        return [pad, make((0,) * self.axes)]
-
-    def of_images(self, x: Any, pool: Callable[..., Any]) -> Any:
-        """``pool(x, kernel, stride, dilation)``, of sequences as of images one pixel high."""
-        if self.axes == 2:
-            return pool(x, self.kernel, self.stride, self.dilation)
-        x = shape.reshape(x, shape=(*x.shape[:2], 1, x.shape[2]))
-        y = pool(x, *((1, *v) for v in (self.kernel, self.stride, self.dilation)))
-        return shape.reshape(y, shape=(*y.shape[:2], y.shape[3]))
-
-
-@layer("Conv")
-def _(node: Node) -> Any:
-    if not node.known(1) or not node.known(2):
-        raise node.refused("its weights are computed while it runs")
-    weight, bias = node.constant(1), node.constant(2)
-    assert weight is not None
-    window, group = Window(node, weight.shape[2:]), node.get("group", 1)
-
-    def make(padding: tuple[int, ...]) -> nn.Module:
-        kind: Any = nn.Conv2d if window.axes == 2 else nn.Conv1d
-        made = kind(
-            weight.shape[1] * group, len(weight), window.kernel, window.stride, padding,
-            window.dilation, group, bias is not None,
-        )  # fmt: skip
-        made.weight = parameter(weight)
-        made.bias = None if bias is None else parameter(bias)
-        return made
-
-    return window.stages(make)
-
-
-@layer("ConvTranspose")
-def _(node: Node) -> Any:
-    weight, bias = node.constant(1), node.constant(2)
-    assert weight is not None
-    window, group = Window(node, weight.shape[2:]), node.get("group", 1)
-    padding, more = window.symmetric(), tuple(node.get("output_padding", (0,) * window.axes))
-    if padding is None or window.axes != 2 or node.get("output_shape"):
-        raise node.refused("only images, and equal padding at both ends, are possible")
-    made = nn.ConvTranspose2d(
-        len(weight), weight.shape[1] * group, window.kernel, window.stride, padding, more, group,
-        bias is not None, window.dilation,
-    )  # fmt: skip
-    made.weight = parameter(weight)
-    made.bias = None if bias is None else parameter(bias)
-    return made
-
-
-@layer("Einsum")
-def _(node: Node) -> Layer:
-    equation = node.get("equation")
-    return lambda *xs: einsum(equation, *xs)
-
-
-# Normalization ----------------------------------------------------------------------------
-
-
-@layer("BatchNormalization")
-def _(node: Node) -> Layer:
-    weight, bias, mean, var = (node.constant(i) for i in (1, 2, 3, 4))
-    assert weight is not None and bias is not None and mean is not None and var is not None
-    eps, momentum = node.get("epsilon", 1e-5), round(1 - node.get("momentum", 0.9), 6)
-    if node.get("training_mode", 0) or not node.get("spatial", 1):
-        raise node.refused("it is to use the batch's statistics, or those of each pixel")
-    kind = nn.BatchNorm1d if node.rank() in (2, 3) else nn.BatchNorm2d
-    made = kind(len(weight), eps, momentum)
-    made.weight, made.bias = parameter(weight), parameter(bias)
-    made.running_mean, made.running_var = Tensor(np.array(mean)), Tensor(np.array(var))
-    return made
-
-
-@layer("LayerNormalization")
-def _(node: Node) -> Layer:
-    weight, bias = node.constant(1), node.constant(2)
-    assert weight is not None
-    axis, eps, rank = node.get("axis", -1), node.get("epsilon", 1e-5), node.rank()
-    node.get("stash_type")
-    if axis >= 0:
-        if rank is None:
-            raise node.refused("the rank of its input is not known")
-        axis -= rank
-    if weight.ndim != -axis:
-        raise node.refused(f"weights of shape {weight.shape} for {-axis} axes")
-    made = nn.LayerNorm(weight.shape, eps, bias=bias is not None)
-    made.weight, made.bias = parameter(weight), None if bias is None else parameter(bias)
-    return made
-
-
-@layer("InstanceNormalization")
-def _(node: Node) -> Layer:
-    weight, bias = node.constant(1), node.constant(2)
-    assert weight is not None and bias is not None
-    made = nn.GroupNorm(len(weight), len(weight), node.get("epsilon", 1e-5))
-    made.weight, made.bias = parameter(weight), parameter(bias)
-    return made
-
-
-@layer("LRN")
-def _(node: Node) -> Layer:
-    size, bias = node.get("size"), node.get("bias", 1.0)
-    alpha, beta = node.get("alpha", 1e-4), node.get("beta", 0.75)
-
-    def lrn(x: Any) -> Any:
-        """x / (bias + alpha / size · Σ x²)^beta, over neighbouring channels."""
-        pads = [0, 0] * (x.ndim - 2) + [(size - 1) // 2, size // 2]
-        squares = shape.pad(x * x, pads)
-        total = 0
-        for i in range(size):
-            total = total + squares[:, i : i + x.shape[1]]
-        return x / (total * (alpha / size) + bias) ** beta
-
-    return lrn
-
-
-# Pooling ----------------------------------------------------------------------------------
-
-
-@layer("MaxPool")
-def _(node: Node) -> Any:
-    window, ceil = Window(node), bool(node.get("ceil_mode", 0))
-    if node.get("storage_order", 0):
-        raise node.refused("storage_order is for the indices, which are not there")
-
-    def make(padding: tuple[int, ...]) -> Layer:
-        if window.axes == 2:
-            kernel, stride, dilation = window.kernel, window.stride, window.dilation
-            return nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil)  # type: ignore[arg-type]
-        pads = (0, *padding)
-        return lambda x: window.of_images(
-            x, lambda x, k, s, d: F.max_pool2d(x, k, s, pads, d, ceil)
-        )
-
-    return window.stages(make, lowest=True)
-
-
-@layer("AveragePool")
-def _(node: Node) -> Any:
-    window, ceil = Window(node), bool(node.get("ceil_mode", 0))
-    counted = bool(node.get("count_include_pad", 0))
-    if set(window.dilation) != {1}:
-        raise node.refused("windows with gaps")
-
-    def make(padding: tuple[int, ...]) -> Layer:
-        if window.axes == 2:
-            return nn.AvgPool2d(window.kernel, window.stride, padding, ceil, counted)  # type: ignore[arg-type]
-        pads = (0, *padding)
-        return lambda x: window.of_images(
-            x, lambda x, k, s, d: F.avg_pool2d(x, k, s, pads, ceil, counted)
-        )
-
-    if window.symmetric() is not None or counted:
-        return window.stages(make)
-    mean = make((0,) * window.axes)
-
-    def inside(x: Any) -> Any:
-        """Only pixels of the image count."""
-        ones = Tensor(np.ones((1, 1, *x.shape[2:]), x.dtype)).to(x.device)
-        return mean(window.pad(x)) / mean(window.pad(ones))
-
-    return inside
-
-
-@layer("GlobalAveragePool")
-def _(node: Node) -> Layer:
-    if node.rank() in (4, None):
-        return nn.AdaptiveAvgPool2d((1, 1))
-    return lambda x: reduce.mean(x, dim=spatial(x), keepdim=True)
-
-
-# Along axes -------------------------------------------------------------------------------
-
-REDUCTIONS: dict[str, Callable[..., Any]] = {
-    "ReduceSum": reduce.sum_, "ReduceMean": reduce.mean, "ReduceMax": reduce.amax,
-    "ReduceMin": reduce.amin, "ReduceLogSumExp": logsumexp,
-    "ReduceSumSquare": lambda x, **how: reduce.sum_(x * x, **how),
-    "ReduceL1": lambda x, **how: reduce.sum_(e.abs_(x), **how),
-    "ReduceL2": lambda x, **how: e.sqrt(reduce.sum_(x * x, **how)),
-}  # fmt: skip
-
-
-@layer(*REDUCTIONS)
-def _(node: Node) -> Any:
-    keep, empty = bool(node.get("keepdims", 1)), bool(node.get("noop_with_empty_axes", 0))
-    given, f = node.get("axes"), REDUCTIONS[node.op]
-
-    def reduced(x: Any, axes: Any = None) -> Any:
-        axes = given if axes is None else ints(axes)
-        if not axes and empty:
-            return x
-        dims = tuple(n % x.ndim for n in axes) if axes else tuple(range(x.ndim))
-        return f(x, dim=dims, keepdim=keep)
-
-    if node.op == "ReduceMean" and node.rank() == 4 and not node.known(0) and node.known(1):
-        axes = given if given is not None else node.constant(1)
-        if axes is not None and sorted(n % 4 for n in ints(axes)) == [2, 3]:  # a global pooling
-            flat: Layer = nn.Flatten(1)
-            return [nn.AdaptiveAvgPool2d((1, 1)), *([] if keep else [flat])]
-        node.consumed.clear()
-    return reduced
-
-
-@layer("ArgMax", "ArgMin")
-def _(node: Node) -> Layer:
-    axis, keep = node.get("axis", 0), bool(node.get("keepdims", 1))
-    if node.get("select_last_index", 0):
-        raise node.refused("of equal numbers the last")
-    f = reduce.argmax if node.op == "ArgMax" else reduce.argmin
-    return lambda x: f(x, dim=axis, keepdim=keep)
-
-
-@layer("CumSum")
-def _(node: Node) -> Layer:
-    if node.get("exclusive", 0) or node.get("reverse", 0):
-        raise node.refused("sums that go backwards or leave a number out")
-    return lambda x, axis: alike(reduce.cumsum(x, dim=ints(axis)[0]), x)
-
-
-@layer("Concat")
-def _(node: Node) -> Layer:
-    axis = node.get("axis")
-    return lambda *xs: shape.cat_(*xs, dim=axis)
-
-
-@layer("Split")
-def _(node: Node) -> Layer:
-    axis, given, count = node.get("axis", 0), node.get("split"), len(node.outputs)
-    node.get("num_outputs")
-
-    def split(x: Any, sizes: Any = None) -> Any:
-        n = x.shape[axis]
-        step = -(-n // count)
-        sizes = given if sizes is None else ints(sizes)
-        ends = np.cumsum(sizes or [min(step, n - i * step) for i in range(count)])
-        at = (slice(None),) * (axis % x.ndim)
-        return tuple(x[(*at, slice(b - s, b))] for s, b in zip(np.diff([0, *ends]), ends.tolist()))
-
-    return split
-
-
-# Shapes -----------------------------------------------------------------------------------
-
-
-@layer("Constant")
-def _(node: Node) -> Layer:
-    (name,) = node.attributes
-    value = node.get(name)
-    if name == "value":
-        value = node.reader.onnx.numpy_helper.to_array(value)
-    elif name.startswith(("value_int", "value_float")):
-        value = np.array(value, np.int64 if "int" in name else np.float32)
-    else:
-        raise node.refused(f"a constant of kind {name}")
-    return lambda: value
-
-
-@layer("ConstantOfShape")
-def _(node: Node) -> Layer:
-    value = node.get("value")
-    value = (
-        np.zeros(1, np.float32) if value is None else node.reader.onnx.numpy_helper.to_array(value)
-    )
-    return lambda size: np.full(ints(size), value[0], value.dtype)
-
-
-@layer("Shape")
-def _(node: Node) -> Layer:
-    start, end = node.get("start", 0), node.get("end")
-    return lambda x: np.array(x.shape[start:end], np.int64)
-
-
-@layer("Size")
-def _(node: Node) -> Layer:
-    return lambda x: np.array(math.prod(x.shape), np.int64)
-
-
-@layer("Reshape")
-def _(node: Node) -> Layer:
-    whole = node.get("allowzero", 0)
-
-    def reshape(x: Any, size: Any) -> Any:
-        size = ints(size)
-        if not whole:
-            size = [x.shape[i] if n == 0 else n for i, n in enumerate(size)]
-        return shape.reshape(x, shape=tuple(size))
-
-    return reshape
-
-
-@layer("Flatten")
-def _(node: Node) -> Layer:
-    axis = node.get("axis", 1)
-    if axis == 1:
-        return nn.Flatten(1)
-    return lambda x: shape.reshape(
-        x, shape=(math.prod(x.shape[: axis % x.ndim if axis < 0 else axis]), -1)
-    )
-
-
-@layer("Transpose")
-def _(node: Node) -> Layer:
-    order = node.get("perm")
-    return lambda x: shape.permute(x, dims=tuple(order or reversed(range(x.ndim))))
-
-
-@layer("Squeeze", "Unsqueeze")
-def _(node: Node) -> Layer:
-    given = node.get("axes")
-
-    def squeeze(x: Any, axes: Any = None) -> Any:
-        axes = given if axes is None else ints(axes)
-        out = [n % x.ndim for n in axes] if axes else [i for i, n in enumerate(x.shape) if n == 1]
-        return shape.reshape(x, shape=tuple(n for i, n in enumerate(x.shape) if i not in out))
-
-    def unsqueeze(x: Any, axes: Any = None) -> Any:
-        axes, size = given if axes is None else ints(axes), list(x.shape)
-        for n in sorted(n % (x.ndim + len(axes)) for n in axes):
-            size.insert(n, 1)
-        return shape.reshape(x, shape=tuple(size))
-
-    return squeeze if node.op == "Squeeze" else unsqueeze
-
-
-@layer("Expand")
-def _(node: Node) -> Layer:
-    def expand(x: Any, size: Any) -> Any:
-        return shape.expand(x, shape=np.broadcast_shapes(x.shape, tuple(ints(size))))
-
-    return expand
-
-
-@layer("Slice")
-def _(node: Node) -> Layer:
-    given = [node.get(name) for name in ("starts", "ends", "axes")] if node.opset < 10 else []
-
-    def cut(x: Any, *bounds: Any) -> Any:
-        bounds = tuple(None if b is None else ints(b) for b in (*(given or bounds), None, None))
-        starts, ends, axes, steps = bounds[:4]
-        assert starts is not None and ends is not None
-        index = [slice(None)] * x.ndim
-        for k, axis in enumerate(range(len(starts)) if axes is None else axes):
-            step = 1 if steps is None else steps[k]
-            n = x.shape[axis]
-            end = None if step < 0 and ends[k] < -n else ends[k]
-            index[axis] = slice(starts[k], end, step)
-        return x[tuple(index)]
-
-    return cut
-
-
-@layer("Gather")
-def _(node: Node) -> Layer:
-    axis = node.get("axis", 0)
-
-    def take(x: Any, indices: Any) -> Any:
-        indices = indices.numpy() if isinstance(indices, Tensor) else indices
-        index: Any = int(indices) if indices.ndim == 0 else indices
-        return x[(*(slice(None),) * (axis % x.ndim), index)]
-
-    return take
-
-
-@layer("GatherElements")
-def _(node: Node) -> Layer:
-    axis = node.get("axis", 0)
-    return lambda x, index: shape.gather(
-        x, e.where(index < 0, index + x.shape[axis], index), dim=axis
-    )
-
-
-@layer("Pad")
-def _(node: Node) -> Layer:
-    kind, given, filling = node.get("mode", "constant"), node.get("pads"), node.get("value", 0.0)
-    names = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
-
-    def pad(x: Any, pads: Any = None, value: Any = None, axes: Any = None) -> Any:
-        pads = given if pads is None else ints(pads)
-        axes = range(x.ndim) if axes is None else [n % x.ndim for n in ints(axes)]
-        both = dict.fromkeys(range(x.ndim), (0, 0))
-        both.update(zip(axes, zip(pads[: len(axes)], pads[len(axes) :])))
-        pairs = [n for axis in reversed(range(x.ndim)) for n in both[axis]]
-        if kind != "constant":
-            return F.pad(x, pairs, names[kind])
-        return shape.pad(x, pairs, filling if value is None else value.item())
-
-    return pad
-
-
-@layer("Trilu")
-def _(node: Node) -> Layer:
-    f = shape.triu if node.get("upper", 1) else shape.tril
-    return lambda x, k=None: f(x, diagonal=0 if k is None else ints(k)[0])
-
-
-# Integers ---------------------------------------------------------------------------------
-
-
-@layer("QuantizeLinear")
-def _(node: Node) -> Layer:
-    axis = node.get("axis", 1)
-    node.get("saturate")
-    return lambda x, scale, zero=None: operators.quantize_linear(x, scale, zero, axis=axis)
-
-
-@layer("DequantizeLinear")
-def _(node: Node) -> Layer:
-    axis, constants = node.get("axis", 1), node.reader.constants
-    maker = node.reader.makers.get(node.inputs[0])
-    if maker is not None and maker.op_type == "QuantizeLinear":
-        pairs = (
-            list(zip(node.inputs[1:], maker.input[1:], strict=True))
-            if len(node.inputs) == len(maker.input)
-            else []
-        )
-        if len(pairs) == 2 and all(
-            a in constants and b in constants and np.array_equal(constants[a], constants[b])
-            for a, b in pairs
-        ):
-            scale, zero = (node.constant(i) for i in (1, 2))
-            node.inputs[0] = maker.input[0]
-            return Rounding(scale, zero, axis)  # type: ignore[arg-type]
-    return lambda q, scale, zero=None: operators.dequantize_linear(q, scale, zero, axis=axis)
-
-
-@layer("DynamicQuantizeLinear")
-def _(node: Node) -> Layer:
-    return operators.dynamic_quantize_linear
-
-
-@layer("MatMulInteger", "QLinearMatMul")
-def _(node: Node) -> Layer:
-    products = {"MatMulInteger": operators.matmul_integer}
-    return products.get(node.op, operators.qlinear_matmul)
-
-
-@layer("ConvInteger", "QLinearConv")
-def _(node: Node) -> Layer:
-    f = operators.conv_integer if node.op == "ConvInteger" else operators.qlinear_conv
-    names = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
-    how = {name: node.get(name) for name in names if name in node.attributes}
-    return lambda *xs: f(*xs, **how)

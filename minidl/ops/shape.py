@@ -232,9 +232,10 @@ def pad(x: Any, padding: Sequence[int], value: float = 0.0) -> Any:
     inside = tuple(slice(a, a + n) for n, (a, b) in zip(x.shape, pairs, strict=True))
     shape = tuple(a + n + b for n, (a, b) in zip(x.shape, pairs, strict=True))
     out = index_put(x, index=inside, shape=shape)
-    if value != 0.0:
-        border = np.full(shape, value, x.dtype)
-        border[inside] = 0
+    if value != 0.0:  # along the other dimensions, the batch among them, it is repeated
+        framed = [pair != (0, 0) for pair in pairs]
+        border = np.full([n if f else 1 for n, f in zip(shape, framed)], value, x.dtype)
+        border[tuple(i if f else slice(None) for i, f in zip(inside, framed))] = 0
         out = out + backend.to_device(border, backend.device_name(getattr(x, "array", x)))
     return out
 

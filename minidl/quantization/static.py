@@ -39,7 +39,7 @@ from minidl.trace import Graph, Ref, Step, refs_in
 
 PRODUCTS = ("conv2d", "linear")  # what has weights
 ADDS = ("add",)
-MEANS = ("adaptive_avg_pool2d",)
+MEANS = ("adaptive_avg_pool2d", "avg_pool2d")
 # What takes bytes as they are, and gives bytes of the same scale.
 SAME = (
     "max_pool2d",
@@ -61,6 +61,8 @@ def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
 
     w' = w · scale,  b' = b · scale + shift  (Jacob et al. 2018, equation 14)
 
+    So does a bias that is added in a step of its own, as in networks from elsewhere.
+
     Args:
         learned: of weights, by their numbers; what is folded gets its new number in it.
     """
@@ -71,16 +73,16 @@ def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
             sums = graph.new_ref()
             relu = replace(step, op="relu", inputs=(sums,), settings={})
             graph.steps[i : i + 1] = [replace(step, op="conv2d", output=sums), relu]
-    for step in list(graph.steps):
-        if step.op not in PRODUCTS or not constant_weights(graph, step):
-            continue
+    at = 0
+    while at < len(graph.steps):
+        step = graph.steps[at]
         following = graph.users(step.output)
         after = following[0] if len(following) == 1 else None
-        if after is None or after.op != "scale_shift" or after.inputs[0] != step.output:
+        affine = None if after is None else affine_of(graph, step, after)
+        if after is None or affine is None:
+            at += 1
             continue
-        if not all(ref in graph.constants for ref in after.inputs[1:]):
-            continue
-        scale, shift = (graph.constants[ref].numpy().astype(np.float64) for ref in after.inputs[1:])
+        scale, shift = affine
         w = graph.constants[step.inputs[1]].numpy()
         bias = step.inputs[2]
         b = 0.0 if bias is None else graph.constants[bias].numpy().astype(np.float64)
@@ -89,12 +91,30 @@ def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
         weight_ref, bias_ref = graph.constant(Tensor(folded)), graph.constant(Tensor(new_b))
         if step.inputs[1] in learned:
             learned[weight_ref] = learned[step.inputs[1]].times(scale)
-        at = graph.steps.index(step)
         graph.steps[at] = replace(
             step, inputs=(step.inputs[0], weight_ref, bias_ref), output=after.output
         )
         graph.steps.remove(after)
     return graph
+
+
+def affine_of(graph: Graph, step: Step, after: Step) -> tuple[Any, Any] | None:
+    """The scale and the shift that a step gives to each channel of a product's output, or None."""
+    if step.op not in PRODUCTS or not constant_weights(graph, step):
+        return None
+    others = [x for x in after.inputs if not isinstance(x, Ref) or x != step.output]
+    if not all(isinstance(x, Ref) and x in graph.constants for x in others):
+        return None
+    given = [graph.constants[x].numpy().astype(np.float64) for x in others]
+    if after.op == "scale_shift" and after.inputs[0] == step.output:
+        scale, shift = given
+        return scale, shift
+    if after.op == "add" and len(given) == 1:
+        channels = len(graph.constants[step.inputs[1]])
+        each = (channels,) if step.op == "linear" else (channels, 1, 1)
+        if given[0].shape in (each, (*[1] * (len(step.shape) - len(each)), *each)):
+            return np.ones(channels), given[0].reshape(-1)
+    return None
 
 
 def constant_weights(graph: Graph, step: Step) -> bool:
@@ -109,13 +129,13 @@ class Learned(NamedTuple):
     """The grids with which a product was trained.
 
     Attributes:
-        q, scale: its weights: int8 (out, ...), and float32 (out,), what one unit is worth.
-        input: the grid of what it reads.
+        q, scale: its weights: int8 (out, ...), and float32 (out,) or (1,), what one unit is worth.
+        input: the grid of what it reads; None: that which the value has anyway.
     """
 
     q: np.ndarray
     scale: np.ndarray
-    input: Grid
+    input: Grid | None
 
     def times(self, a: Any) -> Learned:
         """Of the weights a_j w_j: the same integers. (Where the scale were negative they change
@@ -221,6 +241,11 @@ class Lowering:
         relu = len(users) == 1 and users[0] is not None and users[0].op == "relu"
         return users[0] if relu and not self.skipped(users[0]) else None
 
+    def absorbed(self, step: Step, kind: str) -> list[Step]:
+        """The steps after one that it does itself, once it is of this kind."""
+        relu = self.relu_after(step) if kind in ("product", "add") else None
+        return [relu] if relu else []
+
     def kind(self, step: Step) -> str:
         """product, add, mean, same, relu, or float.
 
@@ -234,7 +259,7 @@ class Lowering:
             return "product"
         if step.op in ADDS and len(live) == 2:
             return "add"
-        if step.op in MEANS:
+        if step.op in MEANS and self.windows(step):
             return "mean"
         if step.op in SAME and len(live) == len(step.inputs) == 1:
             return "same"
@@ -244,6 +269,16 @@ class Lowering:
             f"op {step.op} in layer {step.layer or 'the model itself'!r} has no form on integers: "
             f"leave it in float with skip=[{step.layer!r}]"
         )
+
+    def windows(self, step: Step) -> tuple[int, ...] | None:
+        """How many windows a mean has in each direction; None: they are not all of the image."""
+        how = step.settings
+        if step.op == "adaptive_avg_pool2d":
+            return tuple(how["output_size"])
+        size = next((s.shape[2:] for s in self.graph.steps if s.output == step.inputs[0]), ())
+        tiles = tuple(n * k for n, k in zip(step.shape[2:], how["kernel_size"])) == size
+        whole = how["kernel_size"] == how["stride"] and not any(how["padding"])
+        return step.shape[2:] if tiles and whole and not how["divisor_override"] else None
 
     def is_product(self, step: Step) -> bool:
         return self.kind(step) == "product"
@@ -331,7 +366,7 @@ class Lowering:
 
     def quantized(self, ref: Ref, scale: np.ndarray, zero: np.ndarray, like: Step) -> Ref:
         given = self.as_float(ref, like), scale, zero
-        return self.emit("quantize_linear", given, {"axis": 1}, like, "uint8")
+        return self.emit("quantize_linear", given, {"axis": 1}, like, zero.dtype.name)
 
     def put(self, ref: Ref, q: Ref, like: Step) -> None:
         """A value is bytes in its own range now."""
@@ -362,10 +397,11 @@ class Lowering:
             if step.output in done:
                 continue
             kind = self.kind(step)
-            relu = self.relu_after(step) if kind in ("product", "add") else None
-            result = relu.output if relu else step.output
-            done.add(result)
-            getattr(self, "lower_" + kind)(step, result, relu is not None)
+            following = self.absorbed(step, kind)
+            done.update(after.output for after in following)
+            result = following[-1].output if following else step.output
+            relu = any(after.op == "relu" for after in following)
+            getattr(self, "lower_" + kind)(step, result, relu)
         last = self.graph.steps[-1]
         output = minidl.trace.nested(
             self.graph.output, lambda x: self.as_float(x, last) if isinstance(x, Ref) else x
@@ -382,7 +418,7 @@ class Lowering:
         q, scale, zero = self.as_bytes(step.inputs[0], step)
         if step.op == "index_put" and zero != 0:  # it fills in zeros, which are z here
             return self.lower_float(step, result, relu)
-        out = self.emit(step.op, (q,), step.settings, step, "uint8")
+        out = self.emit(step.op, (q,), step.settings, step, zero.dtype.name)
         self.bytes[result], self.most[result] = (out, scale, zero), self.most_of(step)
 
     def most_of(self, step: Step) -> int:
@@ -390,24 +426,23 @@ class Lowering:
 
     def lower_relu(self, step: Step, result: Ref, relu: bool) -> None:
         q, scale, zero = self.as_bytes(step.inputs[0], step)
-        out = self.emit("maximum", (q, zero), {}, step, "uint8")
+        out = self.emit("maximum", (q, zero), {}, step, zero.dtype.name)
         self.bytes[result], self.most[result] = (out, scale, zero), self.most_of(step)
 
     def lower_mean(self, step: Step, result: Ref, relu: bool) -> None:
         q, scale, zero = self.as_bytes(step.inputs[0], step)
         new_scale, new_zero = self.ranges[result]
         inputs = (q, scale / new_scale, zero, new_zero)
-        self.put(
-            result,
-            self.emit("adaptive_avg_pool2d_integer", inputs, step.settings, step, "uint8"),
-            step,
-        )
+        op, dtype = "adaptive_avg_pool2d_integer", new_zero.dtype.name
+        how = {"output_size": self.windows(step)}
+        self.put(result, self.emit(op, inputs, how, step, dtype), step)
 
     def lower_add(self, step: Step, result: Ref, relu: bool) -> None:
         (a, a_scale, a_zero), (b, b_scale, b_zero) = (self.as_bytes(x, step) for x in step.inputs)
         scale, zero = self.ranges[result]
         inputs = (a, b, a_scale / scale, b_scale / scale, a_zero, b_zero, zero)
-        self.put(result, self.emit("add_integer", inputs, {"relu": relu}, step, "uint8"), step)
+        y = self.emit("add_integer", inputs, {"relu": relu}, step, zero.dtype.name)
+        self.put(result, y, step)
 
     def lower_product(self, step: Step, result: Ref, relu: bool) -> None:
         grid = self.learned[step.inputs[1]].input if step.inputs[1] in self.learned else None
@@ -418,19 +453,16 @@ class Lowering:
         except ValueError as error:
             error.add_note(f"in layer {step.layer!r}: leave it in float with skip=")
             raise
-        bias = step.inputs[2]
         scale = (x_scale * w_scale).astype(np.float32)
-        b = None
-        if bias is not None:
-            b = whole_bias(self.graph.constants[bias].numpy(), scale, step.layer)
+        b = self.bias(step, scale)
         # What nobody reads as bytes need not be rounded to them: a classifier's scores.
         last = result in refs_in(self.graph.output) and self.graph.users(result) == [None]
-        if last:
+        if last or result not in self.ranges:
             y_scale, y_zero = None, None
         else:
             y_scale, y_zero = self.ranges[result]
             scale = (scale / y_scale).astype(np.float32)
-        dtype = "float32" if last else "uint8"
+        dtype = "float32" if y_zero is None else y_zero.dtype.name
         if step.op == "conv2d":
             inputs = (x, q, x_zero, None, scale, b, y_zero)
             out = self.emit("conv_integer", inputs, {**step.settings, "relu": relu}, step, dtype)
@@ -439,10 +471,15 @@ class Lowering:
             inputs = (x, q, x_zero, None, scale, b, y_zero)
             out = self.emit("matmul_integer", inputs, {"relu": relu}, step, dtype)
         self.new.scales[self.constant(q)] = self.constant(w_scale)
-        if last:
+        if y_zero is None:
             self.floats[result] = out
         else:
             self.put(result, out, step)
+
+    def bias(self, step: Step, scale: np.ndarray) -> np.ndarray | None:
+        """A product's bias as integers, by the scale of its sums."""
+        b = step.inputs[2]
+        return None if b is None else whole_bias(self.graph.constants[b].numpy(), scale, step.layer)
 
 
 def quantize_weight(
