@@ -242,6 +242,7 @@ def walk(
     With targets (edges), only the way to them is walked, and their gradients are returned.
     """
     total: dict[Any, Any] = {}  # edge -> the gradient that has arrived so far
+    sums: set[Any] = set()  # edges whose total is a sum made here: more is added to it in place
     for output, gradient in zip(outputs, gradients, strict=True):
         if not output.requires_grad:
             raise RuntimeError(
@@ -260,6 +261,14 @@ def walk(
         useful = on_the_way(nodes, targets)
         nodes = [node for node in nodes if node in useful]
     found: dict[Any, Any] = dict.fromkeys(targets or ())
+
+    def add(edge: Any, gx: Any) -> None:
+        if edge in sums:
+            total[edge] += gx
+        else:
+            total[edge] = total[edge] + gx
+            if not create_graph:
+                sums.add(edge)
 
     def complete(leaf: Tensor) -> None:
         if leaf in total:
@@ -305,13 +314,16 @@ def walk(
                     if gx is not None:
                         if gx.shape != edge.shape:
                             gx = unbroadcast(gx, edge.shape)
-                        total[edge] = total[edge] + gx if edge in total else gx
+                        if edge in total:
+                            add(edge, gx)
+                        else:
+                            total[edge] = gx
                     continue
                 if gx is not None:
                     if gx.shape != edge.array.shape:
                         gx = unbroadcast(gx, edge.shape)
                     if edge in total:
-                        total[edge] = total[edge] + gx
+                        add(edge, gx)
                     else:
                         total[edge] = gx if gx is not g and is_own(gx) else copy(gx)
                 uses[edge] -= 1
