@@ -188,6 +188,20 @@ def test_biases_of_their_own_and_means_over_windows() -> None:
             quantize(nn.Sequential(nn.Conv2d(2, 4, 3), pool), BATCHES)
 
 
+def test_a_batch_norm_that_no_product_comes_before() -> None:
+    """After pooling, or first of all: a depthwise convolution."""
+    minidl.manual_seed(0)
+    layers = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 49, 5))
+    batches = [minidl.rand(8, 3, 16, 16) for _ in range(3)]
+    for batch in batches:  # statistics
+        model(batch)
+    quantized = quantize(model.eval(), batches)
+    assert snr(model(batches[0]).numpy(), quantized(batches[0]).numpy()) > 30
+    ops = [step.op for step in quantized.graph.steps]  # type: ignore[union-attr]
+    assert ops[0] == "quantize_linear" and "dequantize_linear" not in ops
+
+
 def test_other_batch_sizes_and_the_parameters(residual: Any) -> None:
     model = quantize(residual, BATCHES)
     whole = model(BATCHES[0]).numpy()

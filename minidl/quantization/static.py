@@ -62,6 +62,7 @@ def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
     w' = w · scale,  b' = b · scale + shift  (Jacob et al. 2018, equation 14)
 
     So does a bias that is added in a step of its own, as in networks from elsewhere.
+    A scale without a product before it (but max pooling, say) becomes a depthwise convolution of 1×1.
 
     Args:
         learned: of weights, by their numbers; what is folded gets its new number in it.
@@ -95,6 +96,22 @@ def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
             step, inputs=(step.inputs[0], weight_ref, bias_ref), output=after.output
         )
         graph.steps.remove(after)
+    for i, step in enumerate(graph.steps):
+        if (
+            step.op == "scale_shift"
+            and len(step.shape) == 4
+            and all(ref in graph.constants for ref in step.inputs[1:])
+        ):  # of images, with no product before it: itself one, each channel with a weight
+            scale = graph.constants[step.inputs[1]].numpy()
+            c, one = len(scale), (1, 1)
+            one_each = graph.constant(Tensor(scale.reshape(c, 1, 1, 1)))
+            settings = {"stride": one, "padding": (0, 0), "dilation": one, "groups": c}
+            graph.steps[i] = replace(
+                step,
+                op="conv2d",
+                inputs=(step.inputs[0], one_each, step.inputs[2]),
+                settings=settings,
+            )
     return graph
 
 
