@@ -44,7 +44,10 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 def convolutions(
     widths: Sequence[int] = (32, 64, 96, 128), in_channels: int = 3, more: int = 0
 ) -> nn.Sequential:
-    """3×3 convolutions with batch norm, max pooling between them: (N, C, H, W) -> (N, D, H', W').
+    """3×3 convolutions, max pooling between them, batch norm: (N, C, H, W) -> (N, D, H', W').
+
+    Pooling comes before batch norm, which then has a quarter of the numbers to look at: the largest
+    of what is scaled by a positive γ is what the largest is scaled to.
 
     Args:
         widths: channels of each; the last is D. The image is halved len(widths) - 1 times.
@@ -55,12 +58,9 @@ def convolutions(
     """
     layers: list[nn.Module] = []
     for i, width in enumerate([*widths, *([widths[-1]] * more)]):
-        layers += [nn.MaxPool2d(2)] if 0 < i < len(widths) else []
-        layers += [
-            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
+        layers += [nn.Conv2d(in_channels, width, 3, padding=1, bias=False)]
+        layers += [nn.MaxPool2d(2)] if i < len(widths) - 1 else []
+        layers += [nn.BatchNorm2d(width), nn.ReLU()]
         in_channels = width
     return nn.Sequential(*layers)
 

@@ -193,7 +193,7 @@ def place(scene: Scene, rng: np.random.Generator) -> list[tuple[Group, float, fl
         line = rng.uniform(0.42, 0.58)
         for which, group in enumerate(scene.groups):
             r = SIZES[group.size]
-            low, high = np.full(2, r + gap), np.full(2, 1 - r - gap)
+            low, high = [r + gap, r + gap], [1 - r - gap, 1 - r - gap]
             if scene.relation:
                 axis = 0 if scene.relation in ("left of", "right of") else 1
                 first_is_low = scene.relation in ("left of", "above")
@@ -203,7 +203,7 @@ def place(scene: Scene, rng: np.random.Generator) -> list[tuple[Group, float, fl
                     low[axis] = line + r + gap
             for _ in range(group.number):
                 for _ in range(30):
-                    x, y = rng.uniform(low, high)
+                    x, y = (a + (b - a) * t for a, b, t in zip(low, high, rng.random(2).tolist()))
                     if all(
                         math.hypot(x - u, y - v) > 1.1 * (r + SIZES[g.size]) + gap
                         for g, u, v in placed
