@@ -529,7 +529,7 @@ def caption_train(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Training images.", show_default="all")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training captions.")] = 4,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training captions.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Captions a step.")] = 64,
     lr: Annotated[float, typer.Option(help="Learning rate, at its peak.")] = 0.003,
     weight_decay: Annotated[

@@ -10,7 +10,7 @@ import pytest
 
 from minidl.backend.native import native
 from minidl.ops.pool import max_pool2d
-from minidl.ops.quantized import add_integer, quantize_linear
+from minidl.ops.quantized import adaptive_avg_pool2d_integer, add_integer, quantize_linear
 
 if native is None:
     pytest.skip("the C++ kernels are not built", allow_module_level=True)
@@ -73,6 +73,18 @@ def test_max_pool(dtype: Any) -> None:
                 np.testing.assert_array_equal(max_pool2d(image, **how), expected)
 
 
+@pytest.mark.parametrize("dtype", BYTES)
+def test_mean(dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((2, 3, 1, 1), (2, 5, 7, 8), (1, 300, 16, 16), (2, 3, 4, 2)):
+        x = some(rng, dtype, *shape)
+        for scale in (1.0, 0.5, *rng.uniform(0.2, 4, 20)):  # of eight bytes: many ties
+            given = np.asarray(scale, np.float32), *(z.reshape(()) for z in some(rng, dtype, 2, 1))
+            expected = adaptive_avg_pool2d_integer.op.formula(x, *given, output_size=(1, 1))
+            found = adaptive_avg_pool2d_integer(x, *given, output_size=(1, 1))
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_refusals() -> None:
     assert native is not None
     q, x = np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.float32)
@@ -91,6 +103,9 @@ def test_refusals() -> None:
         (TypeError, "x must be int8 or uint8, got float32",
          lambda: native.max_pool2d_bytes(x[None, None], (1, 1), (1, 1))),
         (ValueError, "dimensions", lambda: native.max_pool2d_bytes(q, (1, 1), (1, 1))),
+        (ValueError, "no mean of nothing",
+         lambda: native.mean_integer(np.zeros((1, 2, 0, 3), np.uint8), 1, 0, 0)),
+        (TypeError, "x must be int8", lambda: native.mean_integer(x[None, None], 1, 0, 0)),
     ]  # fmt: skip
     for kind, message, call in calls:
         with pytest.raises(kind, match=message):

@@ -26,7 +26,7 @@ DRAWS: dict[str, Draw] = {}
 ELSEWHERE = {
     "matmul", "linear", "linear_weight_only", "matmul_integer", "conv_integer", "conv2d",
     "conv2d_input", "conv2d_weight", "warp_affine", "warp_affine_input", "quantize_linear",
-    "add_integer",
+    "add_integer", "adaptive_avg_pool2d_integer",
 }  # fmt: skip
 
 

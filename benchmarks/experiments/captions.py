@@ -151,7 +151,7 @@ def scenes(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-SCENES, EPOCHS, WIDTHS = 20_000, 4, (16, 32, 64, 128)
+SCENES, EPOCHS, WIDTHS = 20_000, 5, (16, 32, 64, 128)
 
 
 def scenes_text(found: dict[str, Any]) -> list[str]:

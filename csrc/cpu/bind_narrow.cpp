@@ -329,6 +329,23 @@ py::array add_integer(const py::array& a, const py::array& b, float a_scale, flo
   });
 }
 
+py::array mean_integer(const py::array& x, float scale, int x_zero, int zero) {
+  const char* op = "mean_integer";
+  expect_dimensions(op, "x", x, 4, "(N, C, H, W)");
+  return with_bytes(op, "x", x.dtype(), [&](auto type, const auto& kernels) {
+    using B = decltype(type);
+    for (const int z : {x_zero, zero}) expect_byte<B>(op, "a zero point", z);
+    const auto a = contiguous<B>(x);
+    const Index planes = x.shape(0) * x.shape(1), n = x.shape(2) * x.shape(3);
+    if (n == 0) bad_value(std::string(op) + ": no mean of nothing, got x of shape " + shape_of(x));
+    py::array_t<B> y({x.shape(0), x.shape(1), Index(1), Index(1)});
+    B* out = y.mutable_data();
+    py::gil_scoped_release release;
+    kernels.mean(planes, n, a.data(), scale, x_zero, zero, out);
+    return py::array(y);
+  });
+}
+
 // ---- Weights of 32, 16 and 8 bits -------------------------------------------------------------
 
 // Calls f(E{}, the kernels of E) for the type that weights are stored in.
@@ -502,6 +519,10 @@ void bind_narrow(py::module_& m) {
         py::arg("a_scale"), py::arg("b_scale"), py::arg("a_zero_point"), py::arg("b_zero_point"),
         py::arg("zero_point"), relu,
         "(a - a_zero) a_scale + (b - b_zero) b_scale, rounded, plus zero_point, of a's type.");
+  m.def("mean_integer", &mean_integer, py::arg("x").noconvert(), py::arg("scale"),
+        py::arg("x_zero_point"), py::arg("zero_point"),
+        "The mean of each plane of (x - x_zero), times scale, rounded, plus zero_point: "
+        "(N, C, H, W) -> (N, C, 1, 1), of x's type.");
   m.def("pack_linear", &pack_linear, plain, "w (N, K), float32, float16, bfloat16 or int8.");
   m.def(
       "linear_int4", &linear_int4, py::arg("x").noconvert(), plain, py::arg("scale").noconvert(),

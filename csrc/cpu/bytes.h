@@ -10,12 +10,15 @@ namespace minidl::MINIDL_ISA {
 template <class B>
 constexpr int kLeast = static_cast<B>(-1) < 0 ? -128 : 0;
 
+// 1.5 * 2^23, and * 2^52: beside it there is no room for a fraction.
+template <class T>
+constexpr T kRound = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);
+
 // Half to even, and saturated: y + zero, where `low` and `high` are what fits, less zero.
-template <class B>
-MINIDL_INLINE B rounded(float y, float low, float high, int zero) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: beside it there is no room for a fraction
-  const float inside = y < low ? low : y > high ? high : y;
-  return static_cast<B>(static_cast<int>(inside + kRound - kRound) + zero);
+template <class B, class T>
+MINIDL_INLINE B rounded(T y, T low, T high, int zero) {
+  const T inside = y < low ? low : y > high ? high : y;
+  return static_cast<B>(static_cast<int>(inside + kRound<T> - kRound<T>) + zero);
 }
 
 // The inner loops are functions of their own: a byte may lie anywhere, so the compiler takes what a
@@ -73,6 +76,17 @@ struct Fixed {
   constexpr operator Index() const { return N; }
 };
 
+// f(plane) for all planes of so many bytes, enough of them in a job that it is worth a thread.
+template <class F>
+void for_some(Index planes, Index size, const F& f) {
+  const Index together = larger(1, kElements / larger(1, size));
+  parallel_for(divide_up(planes, together), [&](Index job) {
+    for (Index plane = job * together; plane < smaller(planes, (job + 1) * together); ++plane) {
+      f(plane);
+    }
+  });
+}
+
 // y[i] = max(y[i], x[i * stride]); a stride that the compiler knows is one that it can vectorize.
 template <class B, class Stride>
 MINIDL_INLINE void take_larger(Index n, const B* __restrict x, Stride stride, B* __restrict y) {
@@ -101,7 +115,7 @@ void max_pool_2x2(Index rows, Index w, const B* __restrict x, B* __restrict y) {
 template <class B>
 void max_pool(const Pool2d& p, const B* x, B* y) {
   const bool side_by_side = side_by_side_2x2(p) && p.w == 2 * p.ow && p.w <= 1024;
-  parallel_for(p.planes, [&](Index plane) {
+  for_some(p.planes, p.h * p.w, [&](Index plane) {
     const B* in = x + plane * p.h * p.w;
     B* out = y + plane * p.oh * p.ow;
     if (side_by_side) return max_pool_2x2(p.oh, p.w, in, out);
@@ -125,6 +139,18 @@ void max_pool(const Pool2d& p, const B* x, B* y) {
         }
       }
     }
+  });
+}
+
+// Of each plane: round(scale / n * sum of (x - x_zero)) + zero. In double, as in the formula.
+template <class B>
+void mean(Index planes, Index n, const B* x, float scale, int x_zero, int zero, B* y) {
+  const double share = scale / static_cast<float>(n);
+  const double low = kLeast<B> - zero, high = low + 255;
+  for_some(planes, n, [&](Index plane) {
+    std::int32_t sum = 0;
+    for (const B* p = x + plane * n; p < x + (plane + 1) * n; ++p) sum += *p - x_zero;
+    y[plane] = rounded<B>(sum * share, low, high, zero);
   });
 }
 

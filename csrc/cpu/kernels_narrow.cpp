@@ -11,7 +11,7 @@ template <class E>
 constexpr NarrowFor<E> narrow_for{pack_weights<E>, linear<E>, linear_unpacked<E>};
 
 template <class B>
-constexpr BytesFor<B> bytes_for{quantize<B>, add<B>, max_pool<B>};
+constexpr BytesFor<B> bytes_for{quantize<B>, add<B>, max_pool<B>, mean<B>};
 
 extern const Narrow narrow;
 const Narrow narrow{

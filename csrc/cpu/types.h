@@ -288,6 +288,7 @@ struct BytesFor {
   void (*quantize)(Index n, const float* x, float scale, int zero, B* q);
   void (*add)(Index n, const B* a, const B* b, const AddBytes&, B* y);
   void (*max_pool)(const Pool2d&, const B* x, B* y);
+  void (*mean)(Index planes, Index n, const B* x, float scale, int x_zero, int zero, B* y);
 };
 
 template <class E>

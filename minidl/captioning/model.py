@@ -341,7 +341,7 @@ class ShowAttend(Decoder):
         cell: str = "lstm",
         layers: int = 1,
         dropout: float = 0.3,
-        attention: int = 128,
+        attention: int = 64,
         word_dropout: float = 0.0,
     ) -> None:
         sizes = embedding + features, hidden, embedding, cell, layers

@@ -292,6 +292,10 @@ def is_packed(w: Any) -> bool:
     return native is not None and isinstance(w, native.PackedWeight)
 
 
+def name_of(q: Any) -> str:
+    return "int8" if q.dtype.kind == "i" else "uint8"  # dtype.name is slow
+
+
 def int32(v: Any) -> Any:
     return np.asarray(0 if v is None else v, np.int32)
 
@@ -306,7 +310,7 @@ def finishing(channels: int, scale: Any, bias: Any, zero_point: Any, relu: bool)
         scale = scale.reshape(-1)
         how["scale"] = scale if len(scale) == channels else scale.repeat(channels)
     if zero_point is not None:
-        how["dtype"] = "int8" if zero_point.dtype.kind == "i" else "uint8"  # .name is slow
+        how["dtype"] = name_of(zero_point)
         how["zero_point"] = int(zero_point)
     return how
 
@@ -427,7 +431,7 @@ def _(x, scale, zero_point, *, axis=1):
     one_of_each = scale.size == zero_point.size == zero_point.dtype.itemsize == 1
     if not one_of_each or scale.dtype != x.dtype:
         return quantize_linear.op.formula(x, scale, zero_point, axis=axis)
-    return native.quantize_linear(x, scale.item(), zero_point.item(), zero_point.dtype.name)
+    return native.quantize_linear(x, scale.item(), zero_point.item(), name_of(zero_point))
 
 
 @add_integer.kernel("native", missing=why_missing)
@@ -438,6 +442,17 @@ def _(a, b, a_scale, b_scale, a_zero_point, b_zero_point, zero_point, *, relu=Fa
         return add_integer.op.formula(a, b, a_scale, b_scale, *zeros, relu=relu)
     scales = a_scale.item(), b_scale.item()
     return native.add_integer(a, b, *scales, *(z.item() for z in zeros), relu=relu)
+
+
+@adaptive_avg_pool2d_integer.kernel("native", missing=why_missing)
+def _(x, scale, x_zero_point, zero_point, *, output_size):
+    """Of whole images; the formula has the other sizes."""
+    one_type = x.dtype == x_zero_point.dtype == zero_point.dtype and scale.dtype == np.float32
+    if output_size != (1, 1) or not (one_type and is_bytes(x) and x.size):
+        return adaptive_avg_pool2d_integer.op.formula(
+            x, scale, x_zero_point, zero_point, output_size=output_size
+        )
+    return native.mean_integer(x, scale.item(), x_zero_point.item(), zero_point.item())
 
 
 # Narrow weights ---------------------------------------------------------------------------

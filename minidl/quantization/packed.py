@@ -44,4 +44,5 @@ def takes_packed(op: OpFunction, x: Tensor) -> bool:
     """
     if native is None or (x.requires_grad and mode.enabled):
         return False
-    return op.op.select(x.device, x.dtype.name)[0] == "native"
+    function = op.op.table.get((type(x.array), x.dtype)) or op.op.implementation(x.array)
+    return any(k.function is function and k.name == "native" for k in op.op.kernels)

@@ -555,14 +555,16 @@ class Quantized(nn.Module):
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.graph = graph
-        for ref, value in graph.constants.items():
-            self.register_buffer(f"c{ref.number}", value)
+        self.names = {ref: f"c{ref.number}" for ref in graph.constants}
+        for ref, name in self.names.items():
+            self.register_buffer(name, graph.constants[ref])
         self.packed: dict[Ref, Packed] = {}
         self.eval()
 
     def constants(self) -> dict[Ref, Any]:
         """What the buffers are now."""
-        return {ref: getattr(self, f"c{ref.number}") for ref in self.graph.constants}
+        now = vars(self)
+        return {ref: now[name] for ref, name in self.names.items()}
 
     def forward(self, *inputs: Tensor) -> Any:
         """The steps, with weights that are packed once."""
@@ -575,7 +577,7 @@ class Quantized(nn.Module):
         for step in self.graph.steps:
             if step.op in takes:
                 ref = step.inputs[1]
-                weight = getattr(self, f"c{ref.number}")
+                weight = getattr(self, self.names[ref])
                 packed = self.packed.setdefault(ref, Packed())
                 constants[ref] = packed.of(weight, pack[step.op], step.settings)
         with minidl.no_grad():
