@@ -62,7 +62,7 @@ def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
     w' = w · scale,  b' = b · scale + shift  (Jacob et al. 2018, equation 14)
 
     So does a bias that is added in a step of its own, as in networks from elsewhere.
-    A scale without a product before it (but max pooling, say) becomes a depthwise convolution of 1×1.
+    A scale without a product before it (but max pooling, say) becomes a depthwise convolution.
 
     Args:
         learned: of weights, by their numbers; what is folded gets its new number in it.
