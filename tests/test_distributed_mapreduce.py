@@ -425,6 +425,7 @@ def scenario_killed(spark, folder):
         again = grads(model)
         assert again.keys() == bits.keys()
         assert all((again[name] == bits[name]).all() for name in bits)
+    np.savez(folder / "gradient.npz", **again)  # for the test below
 
 
 def pid_is_zombie(pid: int) -> bool:
@@ -572,7 +573,7 @@ def on_spark(tmp_path_factory) -> dict[str, str]:
     status, output = python(code, folder, PATIENCE)
     print(output)
     assert status == 0, output
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text()) | {"folder": str(folder)}
 
 
 @needs_spark
@@ -580,6 +581,34 @@ def on_spark(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_on_spark(on_spark, name):
     assert not on_spark[name], on_spark[name]
+
+
+@needs_spark
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_after_an_executor_was_killed_the_gradient_is_mpis(on_spark, tmp_path):
+    assert not on_spark["killed"], on_spark["killed"]
+    code = f"""
+        import numpy as np
+        import minidl.nn.functional as F
+        from minidl import distributed as dist
+        from minidl.distributed import mapreduce
+        from tests.test_distributed_mapreduce import network, samples
+
+        c = dist.init()
+        x, y = samples(41)
+        mine = [(x[c.rank::2], y[c.rank::2])]
+        part = mapreduce.sum_gradients(network(), F.cross_entropy, mine)
+        n = c.allreduce(np.array(part.samples))
+        mean = {{name: c.allreduce(s) / n for name, s in part.sums.items()}}
+        if c.rank == 0:
+            np.savez("{tmp_path}/mpi.npz", **mean)
+    """
+    done = mpirun(2, code, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    same(dict(np.load(Path(on_spark["folder"], "killed", "gradient.npz"))),
+         dict(np.load(tmp_path / "mpi.npz")))  # fmt: skip
 
 
 @needs_spark
@@ -630,3 +659,38 @@ def test_a_script_of_its_own_against_mpi(tmp_path):
     spark, mpi = np.load(tmp_path / "spark.npy"), np.load(tmp_path / "mpi.npy")
     assert abs(mpi).max() > 0.01
     np.testing.assert_allclose(spark, mpi, 1e-12, 1e-14)
+
+
+@needs_spark
+@pytest.mark.skipif(shutil.which("javac") is None, reason="no javac: it comes with a JDK")
+@pytest.mark.slow
+def test_hadoops_own_engine(tmp_path):
+    """GradientJob.java, and the process that it starts for each of four parts of a file, the last
+    of which is smaller; and what that process refuses."""
+    code = f"""
+        import sys, subprocess
+        from pathlib import Path
+        sys.path.insert(0, {str(ROOT / "benchmarks" / "experiments")!r})
+        import mapreduce as experiment  # the one beside GradientJob.java
+        import numpy as np
+
+        n, width = 66, 8
+        data = experiment.samples(n)
+        file = Path("samples.bin").resolve()
+        data.tofile(file)
+        _, expected = experiment.alone(file, n, width, 1)
+        _, found = experiment.hadoop(file, n, width, 1)
+        assert found.keys() == expected.keys()
+        for name, g in expected.items():
+            np.testing.assert_allclose(found[name], g, 1e-12, 1e-12 * abs(g).max(), err_msg=name)
+
+        data["x"][20] = np.nan
+        data.tofile(file)
+        try:
+            experiment.hadoop(file, n, width, 0)
+        except subprocess.CalledProcessError:
+            print("no gradient")
+    """
+    status, output = python(code, tmp_path, PATIENCE)
+    assert status == 0 and "no gradient" in output, output
+    assert "partition 1: FloatingPointError: the loss of batch 0 is nan" in output, output

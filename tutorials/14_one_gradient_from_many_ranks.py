@@ -306,3 +306,4 @@ assert hidden.seconds < exposed.seconds
 #
 # The four ways are in `minidl/distributed/aggregation.py`, their costs in
 # `minidl/distributed/costs.py`, buckets and counts in `minidl/distributed/data_parallel.py`.
+# Next: `15_data_model_or_mapreduce.py`.

@@ -151,11 +151,14 @@ def hadoop(file: Path, n: int, width: int, times: int) -> tuple[float, Gradient]
         list(map(str, command)), check=True, timeout=600, text=True, stdout=subprocess.PIPE,
         env={**os.environ, "MINIDL_NUM_THREADS": "1"},
     )  # fmt: skip
-    took = np.median([float(line) for line in done.stdout.split()][1:])
+    jobs = [line.split() for line in done.stdout.splitlines()]
+    if any(int(maps) != PARTITIONS for _, maps in jobs):
+        raise AssertionError(f"{PARTITIONS} map tasks a job were to be, these were: {jobs}")
     flat = np.fromfile(output / "sums", "<f8")
     shapes = {name: p.shape for name, p in model.named_parameters()}
     parts = np.split(flat[1:] / flat[0], np.cumsum([*map(np.prod, shapes.values())])[:-1])
-    return float(took), {name: x.reshape(shapes[name]) for name, x in zip(shapes, parts)}
+    took = float(np.median([float(took) for took, _ in jobs[1:]]))
+    return took, {name: x.reshape(shapes[name]) for name, x in zip(shapes, parts)}
 
 
 # What is measured ------------------------------------------------------------------------------
