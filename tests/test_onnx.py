@@ -434,6 +434,8 @@ def test_sizes_that_a_file_leaves_open(tmp_path: Path) -> None:
         ([("MaxPool", ["x"], ["h", "i"], {"kernel_shape": [2, 2]}), ("Add", ["h", "i"], ["y"], {})],
          "node '/MaxPool' .MaxPool, opset 18. cannot be imported: only its first output"),
         ([("Dropout", ["x", "", "on"], ["y"], {})], "drops also when it is not trained"),
+        ([("Cast", ["x"], ["h"], {"to": 16}), ("Cast", ["h"], ["y"], {"to": 1})],
+         "value 'h' cannot be imported: it is of type BFLOAT16"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_imported(nodes: Any, message: str, tmp_path: Path) -> None:

@@ -325,8 +325,7 @@ class Window:
             return [make(padding)]
 
         def pad(x: Any) -> Any:
-            low = -math.inf if x.dtype.kind == "f" else int(np.iinfo(x.dtype).min)
-            return self.pad(x, low if lowest else 0)
+            return self.pad(x, farthest(x.dtype, -1) if lowest else 0)
 
         return [pad, make((0,) * self.axes)]
 
@@ -509,6 +508,18 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+EXTREMES = {"ReduceMax": -1, "ReduceLogSumExp": -1, "ReduceMin": 1}
+
+
+def farthest(dtype: Any, sign: int) -> Any:
+    """The lowest or the highest number of a type."""
+    if dtype.kind == "f":
+        return sign * math.inf
+    if dtype.kind == "b":
+        return sign > 0
+    return int(np.iinfo(dtype).max if sign > 0 else np.iinfo(dtype).min)
+
+
 @layer(*REDUCTIONS)
 def _(node: Node) -> Any:
     keep, empty = bool(node.get("keepdims", 1)), bool(node.get("noop_with_empty_axes", 0))
@@ -519,6 +530,9 @@ def _(node: Node) -> Any:
         if not axes and empty:
             return x
         dims = tuple(n % x.ndim for n in axes) if axes else tuple(range(x.ndim))
+        if node.op in EXTREMES and 0 in (x.shape[dim] for dim in dims):
+            size = [1 if d in dims else n for d, n in enumerate(x.shape) if keep or d not in dims]
+            return np.full(size, farthest(x.dtype, EXTREMES[node.op]), x.dtype)
         return f(x, dim=dims, keepdim=keep)
 
     if node.op == "ReduceMean" and node.rank() == 4 and not node.known(0) and node.known(1):

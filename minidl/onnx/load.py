@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,10 @@ from minidl.onnx.layers import HELP, LAYERS, Node
 from minidl.tensor import Tensor
 
 OLDEST = 7  # before, broadcasting was written otherwise
+TYPES = {
+    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FLOAT16",
+    "FLOAT", "DOUBLE",
+}  # fmt: skip
 
 
 class Function(nn.Module):
@@ -201,6 +205,7 @@ class Reader:
         self.makers = {name: node for node in self.graph.node for name in node.output if name}
         inferred = self.onnx.shape_inference.infer_shapes(content).graph
         values = [*inferred.value_info, *inferred.input, *inferred.output]
+        self.expect_types(values)
         self.ranks = {
             value.name: len(value.type.tensor_type.shape.dim)
             for value in values
@@ -216,6 +221,22 @@ class Reader:
         self.containers = {""} | {
             name[:i] for name in names for i, c in enumerate(name) if c == "."
         }
+
+    def expect_types(self, values: Sequence[Any]) -> None:
+        """Raises ValueError unless all are tensors, of the types that NumPy has of its own."""
+        names = self.onnx.TensorProto.DataType.Name
+        kinds = {t.name: t.data_type for t in self.graph.initializer}
+        for value in values:
+            if value.type.WhichOneof("value") not in ("tensor_type", None):
+                raise ValueError(
+                    f"value {value.name!r} cannot be imported: it is no tensor. {HELP}"
+                )
+            kinds[value.name] = value.type.tensor_type.elem_type
+        for name, kind in kinds.items():
+            if kind and names(kind) not in TYPES:
+                raise ValueError(
+                    f"value {name!r} cannot be imported: it is of type {names(kind)}. {HELP}"
+                )
 
     def read(self) -> GraphModule:
         module = self.module
