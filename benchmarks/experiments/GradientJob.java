@@ -13,7 +13,7 @@ import org.apache.hadoop.mapreduce.lib.output.*;
  *
  * Hadoop cuts a file of records and gives each map task a part. The task feeds its records to a
  * process of Python and emits what that answers, a vector of float64. One reducer adds them up.
- * It prints, for each job, its seconds and how many map tasks there were.
+ * It prints, for each job, its seconds and how many vectors there were, one a map task.
  *
  *     GradientJob INPUT RECORD_BYTES SPLIT_BYTES OUTPUT JOBS COMMAND...
  */
@@ -89,7 +89,7 @@ public class GradientJob {
             FileOutputFormat.setOutputPath(job, output);
             if (!job.waitForCompletion(false)) System.exit(1);
             System.out.println((System.nanoTime() - start) / 1e9 + " "
-                + job.getCounters().findCounter(JobCounter.TOTAL_LAUNCHED_MAPS).getValue());
+                + job.getCounters().findCounter(TaskCounter.MAP_OUTPUT_RECORDS).getValue());
         }
         Path part = new Path(output, "part-r-00000");
         BytesWritable sums = new BytesWritable();
