@@ -305,7 +305,9 @@ def finishing(channels: int, scale: Any, bias: Any, zero_point: Any, relu: bool)
     how: dict[str, Any] = {"relu": relu}
     if bias is not None:
         whole = bias.dtype.kind == "i"
-        how["bias" if whole else "offset"] = bias.astype(np.int32 if whole else np.float32)
+        how["bias" if whole else "offset"] = bias.astype(
+            np.int32 if whole else np.float32, copy=False
+        )
     if scale is not None:
         scale = scale.reshape(-1)
         how["scale"] = scale if len(scale) == channels else scale.repeat(channels)
@@ -317,9 +319,11 @@ def finishing(channels: int, scale: Any, bias: Any, zero_point: Any, relu: bool)
 
 def is_native(scale: Any, bias: Any, zero_point: Any, *arrays: Any) -> bool:
     """Whether the native kernel takes this call; the formula has the words if it is wrong."""
+    for x in arrays:
+        if not (is_packed(x) or (is_bytes(x) and x.size)):
+            return False
     return (
-        all(is_packed(x) or (is_bytes(x) and x.size) for x in arrays)
-        and (scale is None or scale.dtype == np.float32)
+        (scale is None or scale.dtype == np.float32)
         and (zero_point is None or scale is not None)
         and (bias is None or bias.dtype.kind == "i" or (scale is not None and zero_point is None))
     )
