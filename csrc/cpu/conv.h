@@ -26,21 +26,31 @@ struct Taps {
 
 // ---- B, packed from the image -----------------------------------------------------------------
 
+// Images that lie in memory as they are: image_stride apart, their channels `plane` apart.
+template <class T>
+struct Stored {
+  static constexpr bool as_it_is = true;
+  const T* x;
+  Index image_stride, plane;
+  // `count` pixels of a channel from `first` on; another source may write them into `room`.
+  const T* pixels(Index image, Index channel, Index first, Index, T*) const {
+    return x + image * image_stride + channel * plane + first;
+  }
+};
+
 // For one channel after the other the packing makes "shifted planes": for each horizontal tap, the
 // image's rows as this tap sees them, padded, cut to the output's width and laid end to
 // end. There the tap (r, s) of a run of output pixels is a run of memory, whatever the stride and
 // the padding, and across the ends of rows: packing is then copying. With a vertical stride, the
 // rows seen by one tap are every stride-th, so the rows are kept apart by their residue ("class").
-template <class T>
+template <class T, class Source = Stored<T>>
 class Im2col {
  public:
-  // x: n images; image_stride apart; the channels of an image h * w apart.
   // The output has out_h x out_w pixels an image. Beyond its edges the image is `border`.
-  Im2col(const T* x, Index image_stride, Index h, Index w, Index out_h, Index out_w, Taps vertical,
+  Im2col(const Source& x, Index h, Index w, Index out_h, Index out_w, Taps vertical,
          Taps horizontal, T border = T{})
       : x_(x),
         border_(border),
-        image_stride_(image_stride),
         h_(h),
         w_(w),
         out_h_(out_h),
@@ -72,9 +82,15 @@ class Im2col {
       class_.get()[r] = known;
       offset_.get()[r] = offset;
     }
+    lowest_ = highest_ = first_row_.get()[0];
+    for (Index cls = 1; cls < classes_; ++cls) {
+      lowest_ = smaller(lowest_, first_row_.get()[cls]);
+      highest_ = larger(highest_, first_row_.get()[cls]);
+    }
     // A 1x1 kernel that moves by one pixel sees the image as it is: nothing to shift.
-    plain_ = vertical.count == 1 && horizontal.count == 1 && step == 1 && horizontal.step == 1 &&
-             vertical.shift[0] == 0 && horizontal.shift[0] == 0 && out_w == w && out_h <= h;
+    plain_ = Source::as_it_is && vertical.count == 1 && horizontal.count == 1 && step == 1 &&
+             horizontal.step == 1 && vertical.shift[0] == 0 && horizontal.shift[0] == 0 &&
+             out_w == w && out_h <= h;
   }
 
   void pack(T* dst, Index k0, Index depth, Index j0, Index columns) const {
@@ -86,6 +102,8 @@ class Im2col {
     }
     const Index most_rows = smaller(out_h_, (columns - 1) / out_w_ + 2) + below_ - above_;
     const Scratch<T> planes(plain_ ? 0 : horizontal_.count * classes_ * most_rows * out_w_);
+    const Index most_seen = smaller(h_, most_rows * vertical_.step + highest_ - lowest_);
+    const Scratch<T> room(Source::as_it_is ? 0 : most_seen * w_);
     const Scratch<Index> tap_row(plain_ ? kPlainRows : taps);
 
     for (Index j = j0, end; j < j0 + columns; j = end) {  // image by image
@@ -97,13 +115,18 @@ class Im2col {
       const Index origin = from - (j - j0) - (plain_ ? 0 : y0 * out_w_);
       for (Index k = 0, count; k < depth; k += count) {  // channel by channel
         const Index channel = (k0 + k) / taps, tap = (k0 + k) % taps;
-        const T* source = x_ + image * image_stride_ + channel * h_ * w_;
+        const T* source = planes.get();
         if (plain_) {
           count = smaller(kPlainRows, depth - k);
+          source = x_.pixels(image, channel, 0, h_ * w_, nullptr);
         } else {
           count = smaller(taps - tap, depth - k);
-          fill_planes(planes.get(), source, y0, y1);  // they stay in the L1 cache until copied
-          source = planes.get();
+          // Rows of the image that are seen. The planes stay in the L1 cache until copied.
+          const Index top = larger(0, (y0 + above_) * vertical_.step + lowest_);
+          const Index bottom = smaller(h_, (y1 + below_ - 1) * vertical_.step + highest_ + 1);
+          const Index seen = larger(0, bottom - top) * w_;
+          fill_planes(planes.get(), x_.pixels(image, channel, top * w_, seen, room.get()), top, y0,
+                      y1);
         }
         copy_columns(dst + k * nr, depth, j - j0, end - j0, source + origin, tap_row.get() + tap,
                      count);
@@ -115,7 +138,8 @@ class Im2col {
   static constexpr Index kPlainRows = 8;  // channels that are copied together if there is one tap
 
   // Rows above_ + y0 ... below_ + y1 - 1 of one channel, for every horizontal tap and every class.
-  void fill_planes(T* dst, const T* src, Index y0, Index y1) const {
+  // src: the image's rows from `top` on.
+  void fill_planes(T* dst, const T* src, Index top, Index y0, Index y1) const {
     for (Index s = 0; s < horizontal_.count; ++s) {
       // The output columns [left, right) of this tap lie inside the image.
       const Index shift = horizontal_.shift[s], step = horizontal_.step;
@@ -129,7 +153,7 @@ class Im2col {
             continue;
           }
           for (Index q = 0; q < left; ++q) dst[q] = border_;
-          const T* in = src + row * w_ + shift;
+          const T* in = src + (row - top) * w_ + shift;
           if (step == 1) {
             copy_run(dst + left, in + left, right - left);
           } else {
@@ -191,13 +215,13 @@ class Im2col {
     }
   }
 
-  const T* x_;
+  const Source x_;
   T border_;
-  Index image_stride_, h_, w_, out_h_, out_w_;
+  Index h_, w_, out_h_, out_w_;
   Taps vertical_, horizontal_;
   Scratch<Index> class_, offset_, first_row_;  // of each vertical tap; of each class
   Index above_, below_;                        // rows that a plane has beyond the output's
-  Index classes_;
+  Index classes_, lowest_, highest_;           // of first_row_
   bool plain_;
 };
 
@@ -250,8 +274,8 @@ void conv2d(const Conv2d& p, const T* x, const T* w, const T* bias, T* y) {
   for (Index s = 0; s < p.kw; ++s) right.get()[s] = s * p.dilation_w - p.pad_w;
   for (Index t = 0; t < taps; ++t) at.get()[t] = t;
   for (Index group = 0; group < p.groups; ++group) {
-    const Im2col<T> image(x + group * c * p.h * p.w, p.c * p.h * p.w, p.h, p.w, p.oh, p.ow,
-                          {down.get(), p.kh, p.stride_h}, {right.get(), p.kw, p.stride_w});
+    const Im2col<T> image({x + group * c * p.h * p.w, p.c * p.h * p.w, p.h * p.w}, p.h, p.w, p.oh,
+                          p.ow, {down.get(), p.kh, p.stride_h}, {right.get(), p.kw, p.stride_w});
     const Weights<T> weights{w + group * o * c * taps, c * taps, taps, at.get(), taps};
     const Pixels<T> out{
         y + group * o * p.oh * p.ow, p.o * p.oh * p.ow, p.oh * p.ow, p.oh, p.ow, p.ow, 1, 1};
@@ -308,8 +332,8 @@ void conv2d_input(const Conv2d& p, const T* g, const T* w, T* gx) {
         continue;
       }
       for (Index group = 0; group < p.groups; ++group) {
-        const Im2col<T> image(g + group * o * p.oh * p.ow, p.o * p.oh * p.ow, p.oh, p.ow, qh, qw,
-                              {up.get(), kh, 1}, {left.get(), kw, 1});
+        const Im2col<T> image({g + group * o * p.oh * p.ow, p.o * p.oh * p.ow, p.oh * p.ow}, p.oh,
+                              p.ow, qh, qw, {up.get(), kh, 1}, {left.get(), kw, 1});
         const Weights<T> weights{w + group * o * c * p.kh * p.kw, p.kh * p.kw, c * p.kh * p.kw,
                                  at.get(), taps};
         const Pixels<T> out{first + group * c * p.h * p.w,

@@ -199,18 +199,38 @@ inline void pack_conv(const Conv2d& p, Bytes w, PackedBytes packed) {
   }
 }
 
+// Words, made of the bytes of four channels where they are asked for.
+struct WordsOfBytes {
+  static constexpr bool as_it_is = false;
+  const std::uint8_t* x;  // of a group
+  Index image_stride, plane, channels;
+  std::uint8_t flip;
+
+  const Word* pixels(Index image, Index word, Index first, Index count, Word* room) const {
+    const std::uint8_t* src = x + image * image_stride + 4 * word * plane + first;
+    const Index bytes = smaller(4, channels - 4 * word);
+    Index q = 0;
+    for (; q + kLanes<Word> <= count; q += kLanes<Word>) {
+      Vec<Word> four = load_bytes(src + q) ^ flip;
+      for (Index i = 1; i < bytes; ++i) {
+        four |= (load_bytes(src + i * plane + q) ^ flip) << static_cast<int>(8 * i);
+      }
+      store(room + q, four);
+    }
+    for (; q < count; ++q) room[q] = word_of(src + q, plane, bytes, flip);
+    return room;
+  }
+};
+
 // For each output pixel of a group: the sum of the bytes that it sees, those outside the image too.
-inline void sum_patches(const Conv2d& p, const Word* x, Index image_stride, Index words,
-                        std::int32_t border, std::int32_t* sum) {
+inline void sum_patches(const Conv2d& p, const WordsOfBytes& x, std::int32_t border,
+                        std::int32_t* sum) {
   const Scratch<std::int32_t> plane(p.n * p.h * p.w);
   parallel_for(p.n, [&](Index image) {
     for (Index q = 0; q < p.h * p.w; ++q) {
+      const std::uint8_t* byte = x.x + image * x.image_stride + q;
       std::int32_t of_pixel = 0;
-      for (Index word = 0; word < words; ++word) {
-        const auto bits =
-            static_cast<std::uint32_t>(x[image * image_stride + word * p.h * p.w + q]);
-        for (int byte = 0; byte < 4; ++byte) of_pixel += bits >> 8 * byte & 255;
-      }
+      for (Index i = 0; i < x.channels; ++i) of_pixel += byte[i * x.plane] ^ x.flip;
       plane.get()[image * p.h * p.w + q] = of_pixel;
     }
     for (Index q = 0; q < p.oh * p.ow; ++q) {
@@ -233,24 +253,6 @@ inline void conv_integer(const Conv2d& p, Bytes x, std::int32_t x_zero, PackedBy
   const Index pixels = p.h * p.w, out_pixels = p.oh * p.ow;
   const std::uint8_t flip = to_unsigned(x.is_signed);
   x_zero += flip;
-
-  const Scratch<Word> image(p.n * p.groups * words * pixels);
-  parallel_for(p.n * p.groups * words, [&](Index job) {
-    const Index of_group = job % words, plane = job / words * c + 4 * of_group;
-    const Index count = smaller(4, c - 4 * of_group);
-    const std::uint8_t* src = x.data + plane * pixels;
-    Word* dst = image.get() + job * pixels;
-    Index q = 0;
-    for (; q + kLanes<Word> <= pixels; q += kLanes<Word>) {
-      Vec<Word> word = load_bytes(src + q) ^ flip;
-      for (Index i = 1; i < count; ++i) {
-        word |= (load_bytes(src + i * pixels + q) ^ flip) << static_cast<int>(8 * i);
-      }
-      store(dst + q, word);
-    }
-    for (; q < pixels; ++q) dst[q] = word_of(src + q, pixels, count, flip);
-  });
-
   bool any_zero = false;
   for (Index i = 0; i < p.o; ++i) any_zero |= w.zero[i] != 0;
   const Scratch<std::int32_t> patch(any_zero ? p.n * out_pixels : 0);
@@ -262,15 +264,11 @@ inline void conv_integer(const Conv2d& p, Bytes x, std::int32_t x_zero, PackedBy
   with_result(how.type, y, [&](auto* result) {
     using R = typename Pointee<decltype(result)>::Type;
     for (Index group = 0; group < p.groups; ++group) {
-      const Word* first = image.get() + group * words * pixels;
-      const Index image_stride = p.groups * words * pixels;
-      if (any_zero) {
-        sum_patches(p, first, image_stride, words, static_cast<std::int32_t>(c) * x_zero,
-                    patch.get());
-      }
-      const Im2col<Word> columns(first, image_stride, p.h, p.w, p.oh, p.ow,
-                                 {down.get(), p.kh, p.stride_h}, {right.get(), p.kw, p.stride_w},
-                                 border);
+      const WordsOfBytes image{x.data + group * c * pixels, p.c * pixels, pixels, c, flip};
+      if (any_zero) sum_patches(p, image, static_cast<std::int32_t>(c) * x_zero, patch.get());
+      const Im2col<Word, WordsOfBytes> columns(image, p.h, p.w, p.oh, p.ow,
+                                               {down.get(), p.kh, p.stride_h},
+                                               {right.get(), p.kw, p.stride_w}, border);
       const Pixels<R> out{
           result + group * o * out_pixels, p.o * out_pixels, out_pixels, p.oh, p.ow, p.ow, 1, 1};
       const FinishIntegers<R, true> finish{any_zero ? w.zero + group * o : nullptr,
