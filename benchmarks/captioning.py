@@ -15,7 +15,7 @@ from typing import Any
 
 from turns import Call, Case, Section, main
 
-HIDDEN, EMBEDDING, ATTENTION = 256, 128, 128
+HIDDEN, EMBEDDING, ATTENTION = 256, 128, 64
 WIDTHS, MORE = (16, 32, 64, 128), 2
 
 
@@ -37,8 +37,11 @@ def minidl_step(decoder: str, frozen: bool) -> Call:
 
     vocabulary, batch, targets = batch_of_scenes(64)
     sizes: Any = (vocabulary, WIDTHS[-1] + 2, HIDDEN, EMBEDDING)
-    kind = {"attend": ShowAttend, "tell": ShowAndTell}[decoder]
-    model = Captioner(Encoder(convolutions(WIDTHS, more=MORE)), kind(*sizes))
+    encoder = Encoder(convolutions(WIDTHS, more=MORE))
+    if decoder == "attend":
+        model = Captioner(encoder, ShowAttend(*sizes, attention=ATTENTION))
+    else:
+        model = Captioner(encoder, ShowAndTell(*sizes))
     if frozen:
         transfer.freeze(model, "encoder")
         batch = batch._replace(images=model.eval().annotations(batch.images).detach())
@@ -65,8 +68,9 @@ def torch_step(decoder: str, frozen: bool) -> Call:
 
     layers: list[nn.Module] = []
     for i, (c, o) in enumerate(itertools.pairwise((3, *WIDTHS, *(WIDTHS[-1],) * MORE))):
-        layers += [nn.MaxPool2d(2)] if 0 < i < len(WIDTHS) else []
-        layers += [nn.Conv2d(c, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        layers += [nn.Conv2d(c, o, 3, padding=1, bias=False)]
+        layers += [nn.MaxPool2d(2)] if i < len(WIDTHS) - 1 else []
+        layers += [nn.BatchNorm2d(o), nn.ReLU()]
     cnn = nn.Sequential(*layers)
 
     def annotations() -> Any:

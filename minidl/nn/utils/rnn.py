@@ -9,6 +9,7 @@ import numpy as np
 
 import minidl
 from minidl import backend
+from minidl.ops.shape import index_put
 from minidl.tensor import Tensor
 
 
@@ -68,8 +69,8 @@ def pack_padded_sequence(
         order = np.argsort(-lengths, kind="stable")
         lengths = lengths[order]
     running = np.arange(lengths.max(initial=0))[:, None] < lengths  # (T, N)
-    t, n = np.nonzero(running)
-    data = x[on_device_of(x, t), on_device_of(x, order[n])]
+    x = x if enforce_sorted else x[:, on_device_of(x, order)]
+    data = x[on_device_of(x, running)]
     sizes = Tensor(running.sum(axis=1))
     if enforce_sorted:
         return PackedSequence(data, sizes)
@@ -105,25 +106,21 @@ def pad_packed_sequence(
         raise ValueError(f"total_length {total} is less than the longest sequence, {longest}")
     running = np.zeros((total, int(sizes.max(initial=0))), bool)
     running[:longest] = np.arange(running.shape[1]) < sizes[:, None]
-    where = np.zeros(running.shape, np.int64)  # the row of `data` for each (t, n)
-    where[running] = np.arange(len(sequence.data))
-    lengths = running.sum(axis=0)
+    lengths, data = running.sum(axis=0), sequence.data
+    x = index_put(data, index=running, shape=(*running.shape, *data.shape[1:]))
+    if padding_value != 0:
+        mask = running.reshape(*running.shape, *[1] * (data.ndim - 1))
+        x = minidl.where(Tensor(on_device_of(data, mask)), x, padding_value)
     if sequence.unsorted_indices is not None:
         order = numbers(sequence.unsorted_indices)
-        running, where, lengths = running[:, order], where[:, order], lengths[order]
-    data = sequence.data
-    mask = running.reshape(*running.shape, *[1] * (data.ndim - 1))
-    x = minidl.where(
-        Tensor(on_device_of(data, mask)), data[on_device_of(data, where)], padding_value
-    )
+        x, lengths = x[:, on_device_of(x, order)], lengths[order]
     return x.transpose(0, 1) if batch_first else x, Tensor(lengths)
 
 
 def repack(x: Tensor, like: PackedSequence) -> PackedSequence:
     """Sequences (T, N, ...), padded and sorted, packed as others were."""
-    sizes = numbers(like.batch_sizes)
-    t, n = np.nonzero(np.arange(x.shape[1]) < sizes[:, None])
-    return like._replace(data=x[on_device_of(x, t), on_device_of(x, n)])
+    running = np.arange(x.shape[1]) < numbers(like.batch_sizes)[:, None]
+    return like._replace(data=x[on_device_of(x, running)])
 
 
 def pad_sequence(
