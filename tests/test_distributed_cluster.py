@@ -60,10 +60,11 @@ PAUSES = [0.1, 0.3, 0.3, 0.1]
 @needs_cluster
 @pytest.mark.mpi
 @pytest.mark.slow
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_emulated_hosts_take_as_long_as_said(hosts, tmp_path):
     """Within 15 %, at 1 MB and more. A ring waits for the latest host in each of its 2(p-1) steps,
     so it may take 35 % longer, and there are three attempts: all hosts share this machine's cores.
+    With 8 the figures are printed only: some have to wait for a core.
     """
     code = CODE.replace("SIZES", str(SIZES)).replace("PAUSES", str(PAUSES))
     with cluster(hosts, 100, tmp_path) as machines:
@@ -74,7 +75,8 @@ def test_emulated_hosts_take_as_long_as_said(hosts, tmp_path):
             off = {k: found[k] / said[k] - 1 for k in said}
             off["link"] = 8e-9 / link.beta / 0.1 - 1
             print(f"{hosts} hosts:", {k: f"{100 * v:+.0f} %" for k, v in off.items()})
-            if all(-0.15 <= v <= (0.35 if "ring" in k else 0.15) for k, v in off.items()):
+            within = (-0.15 <= v <= (0.35 if "ring" in k else 0.15) for k, v in off.items())
+            if hosts == 8 or all(within):
                 return
     result = f"{link}: measured {found}, predicted {said}"
     if os.getloadavg()[0] > hosts + (os.cpu_count() or 1):
