@@ -263,13 +263,21 @@ def trace(model: Module, *inputs: Tensor) -> Graph:
         except ValueError as error:
             raise why(f"{error}, in op {a.op} of layer {a.layer!r}") from None
         steps.append(replace(a, settings=settings, inputs=given, shape=shape))
-    for ref, value in one.constants.items():
-        if not np.array_equal(value.numpy(), two.constants[ref].numpy(), equal_nan=True):
-            raise why(
-                f"a constant of shape {tuple(value.shape)} depends on the input: it was computed "
-                "outside minidl's ops, or it is random"
-            )
     graph = replace(one, steps=steps)
+    for ref, value in [*graph.constants.items()]:
+        ours, other = value.numpy(), two.constants[ref].numpy()
+        if np.array_equal(ours, other, equal_nan=True):
+            continue
+        once = repeated(ours, other, sizes)
+        if once is None:
+            raise why(
+                f"a constant of shape {ours.shape} depends on the input: it was computed outside "
+                "minidl's ops, or it is random"
+            )
+        given, shape = graph.constant(once.to(value.device)), merged(ours.shape, other.shape, sizes)
+        del graph.constants[ref]
+        first = Step("expand", (given,), {"shape": shape}, ref, "", shape, ours.dtype.name)
+        steps.insert(0, first)
     if not any(ref in {step.output for step in steps} for ref in refs_in(graph.output)):
         raise why("its output does not come from ops on its input")
     return graph
@@ -345,6 +353,19 @@ class Recorder:
         self.graph.constants = {r: v for r, v in self.graph.constants.items() if r in used}
         self.graph.names = {r: name for r, name in self.graph.names.items() if r in used}
         return self.graph
+
+
+def repeated(a: np.ndarray, b: np.ndarray, sizes: tuple[int, int]) -> Tensor | None:
+    """What a constant has for each sample alike, of length 1 in place of the batch size; or None.
+
+    So are the zeros from which a recurrent layer starts.
+    """
+    differ = [d for d, (n, m) in enumerate(zip(a.shape, b.shape)) if n != m]
+    if a.ndim != b.ndim or [(a.shape[d], b.shape[d]) for d in differ] != [sizes]:
+        return None
+    once = a.take([0], differ[0])
+    alike = all(np.array_equal(x, np.broadcast_to(once, x.shape), equal_nan=True) for x in (a, b))
+    return Tensor(once) if alike else None
 
 
 def merged(a: Any, b: Any, sizes: tuple[int, int]) -> Any:

@@ -14,6 +14,7 @@ import minidl
 import minidl.nn.functional as F
 from minidl import models, nn, optim
 from minidl.onnx import GraphModule, export, load
+from minidl.ops import rnn
 from minidl.quantization import Quantized, convert, prepare_qat, quantize
 
 onnx = pytest.importorskip("onnx")
@@ -288,6 +289,61 @@ def test_large_biases_come_back(tmp_path: Path) -> None:
     assert np.array_equal(again.graph.constants[step.inputs[5]].numpy(), bias)
 
 
+class Words(nn.Module):
+    """Numbers of words through a table and a recurrent network of two layers."""
+
+    def __init__(self, kind: Any, **how: Any) -> None:
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(9, 5), kind(5, 4, 2, batch_first=True, **how)
+        self.out = nn.Linear(4 * self.rnn.directions, 3)
+
+    def forward(self, words: Any) -> Any:
+        y, last = self.rnn(self.table(words))
+        return (self.out(y[:, -1]), y, *(last if isinstance(last, tuple) else (last,)))
+
+
+RECURRENT: list[tuple[Any, dict[str, Any]]] = [
+    (nn.LSTM, {}), (nn.LSTM, {"bidirectional": True}), (nn.LSTM, {"bias": False}), (nn.GRU, {}),
+    (nn.GRU, {"bidirectional": True, "bias": False}), (nn.RNN, {"bidirectional": True}),
+    (nn.RNN, {"nonlinearity": "relu"}),
+]  # fmt: skip
+
+
+def words(n: int) -> Any:
+    return minidl.tensor(np.random.default_rng(n).integers(0, 9, (n, 6)))
+
+
+@pytest.mark.parametrize("kind, how", RECURRENT)
+def test_a_recurrent_network_comes_back(kind: Any, how: Any, tmp_path: Path) -> None:
+    """The same numbers, and the same integers when it is quantized."""
+    minidl.manual_seed(0)
+    model, x = Words(kind, **how).eval(), words(5)
+    again = around(model, words(2), tmp_path)
+    for a, b in zip(again(x), model(x), strict=True):
+        assert np.array_equal(a.numpy(), b.numpy())
+    assert [type(m) for m in again.modules() if type(m) is kind] == [kind] * 2 * len(
+        [1, 1][: model.rnn.directions]
+    )
+    for a, b in zip(*(quantize(m, scheme="dynamic")(x) for m in (again, model)), strict=True):
+        assert np.array_equal(a.numpy(), b.numpy())
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 2)
+
+    def forward(self, x: Any) -> Any:
+        first = minidl.zeros(x.shape[1], 2)
+        w = self.rnn
+        return rnn.lstm(x, first, first, w.weight_ih_l0, w.weight_hh_l0, None, None, None)[1]
+
+
+def test_cell_states_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its cell states are read, of which ONNX has only the"):
+        export(Cells(), minidl.rand(4, 2, 3), tmp_path / "m.onnx")
+
+
 # Files by others
 
 
@@ -434,12 +490,19 @@ def test_sizes_that_a_file_leaves_open(tmp_path: Path) -> None:
         ([("MaxPool", ["x"], ["h", "i"], {"kernel_shape": [2, 2]}), ("Add", ["h", "i"], ["y"], {})],
          "node '/MaxPool' .MaxPool, opset 18. cannot be imported: only its first output"),
         ([("Dropout", ["x", "", "on"], ["y"], {})], "drops also when it is not trained"),
+        ([("GRU", ["t", "w", "r"], ["y"], {})], "linear_before_reset=0 computes otherwise"),
+        ([("LSTM", ["t", "w4", "r4", "", "n"], ["y"], {})], "sequences of unequal length, peephol"),
+        ([("RNN", ["t", "w1", "r1"], ["y"], {"activations": ["Sigmoid"]})], "activations .'sig"),
+        ([("RNN", ["t", "w1", "r1"], ["y"], {"clip": 1.0})], "attributes .'clip'. are not known"),
         ([("Cast", ["x"], ["h"], {"to": 16}), ("Cast", ["h"], ["y"], {"to": 1})],
          "value 'h' cannot be imported: it is of type BFLOAT16"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_imported(nodes: Any, message: str, tmp_path: Path) -> None:
-    path = file(tmp_path, nodes, {"x": [1, 1, 4, 4]}, {"on": np.True_}, rank=4)
+    weights = {f"{name}{g or ''}": np.zeros((1, 2 * (g or 3), 2), "f")
+               for name in "wr" for g in (0, 1, 4)}  # fmt: skip
+    constants = {"on": np.True_, "n": np.int32([1]), **weights}
+    path = file(tmp_path, nodes, {"x": [1, 1, 4, 4], "t": [3, 1, 2]}, constants, rank=4)
     content = onnx.load(path)
     if nodes[0][0] == "Loop":
         content.graph.node[0].op_type, content.graph.node[0].domain = "Own", "my"

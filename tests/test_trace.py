@@ -65,6 +65,24 @@ def test_arrays_are_constants_too():
     assert np.array_equal(steps(x).numpy(), graph(x).numpy())
 
 
+def test_what_is_repeated_for_each_sample():
+    """The zeros that a recurrent layer starts from; not what is different for each."""
+    model = nn.LSTM(3, 4, batch_first=True)
+    graph = trace(model, minidl.rand(2, 5, 3))
+    assert [step.op for step in graph.steps[:2]] == ["expand"] * 2
+    assert all(len(value) != 2 for value in graph.constants.values())
+    for n in (1, 4):
+        x = minidl.rand(n, 5, 3)
+        assert np.array_equal(graph(x)[0].numpy(), model(x)[0].numpy())
+
+    class Numbered(Module):
+        def forward(self, x):
+            return x + np.arange(len(x), dtype="f")[:, None]
+
+    with pytest.raises(RuntimeError, match=r"a constant of shape \(2, 1\) depends on the input"):
+        trace(Numbered(), minidl.rand(2, 3))
+
+
 class Two(Module):
     def forward(self, x, y):
         z = x.detach() * 2 + y

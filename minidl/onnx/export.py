@@ -97,6 +97,7 @@ class Writer:
         names: of the values that were written.
         shapes, dtypes: of all values; the batch size is `PerSample(1)`.
         zeros: of values that are integers: the zero point.
+        states: of an LSTM's output, whose parts only are written: that of all steps, and the last.
         where: the layer that is being written.
     """
 
@@ -111,6 +112,7 @@ class Writer:
         self.names: dict[Ref, str] = {}
         self.reals: dict[Ref, str] = {}
         self.zeros: dict[Ref, Ref] = {}
+        self.states: dict[Ref, tuple[str, str]] = {}
         self.taken: dict[str, int] = {}
         self.where = ""
         self.shapes: dict[Any, tuple[Any, ...]] = {
@@ -131,12 +133,13 @@ class Writer:
         count = self.taken[name] = self.taken.get(name, -1) + 1
         return self.free(f"{name}_{count}") if count else name
 
-    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
-        """Write a node; returns the name of its output."""
+    def node(self, op: str, *inputs: str, more: Sequence[str] = (), **attributes: Any) -> str:
+        """Write a node; returns the name of its output, the first if there are more."""
         name = self.free(f"{self.where}.{op}".lstrip("."))
         while inputs and not inputs[-1]:  # optional, and absent
             inputs = inputs[:-1]
-        self.nodes.append(self.onnx.helper.make_node(op, inputs, [name], name, **attributes))
+        made = self.onnx.helper.make_node(op, inputs, [name, *more], name, **attributes)
+        self.nodes.append(made)
         return name
 
     def constant(self, value: Any, dtype: Any = None, parameter: str = "") -> str:
@@ -452,6 +455,64 @@ def _(w: Writer, step: Step, weight: str, indices: str) -> str:
     return w.node("Gather", weight, indices, axis=0)
 
 
+# Recurrent layers. ONNX has the gates in another order, and a dimension for directions.
+
+GATES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "lstm": ("LSTM", (0, 3, 1, 2)),  # i, f, g, o as i, o, f, g
+    "gru": ("GRU", (1, 0, 2)),  # r, z, n as z, r, n
+    "rnn": ("RNN", (0,)),
+}
+
+
+@rule("rnn", "gru")
+def _(w: Writer, step: Step, *xs: str) -> str:
+    return recurrent(w, step)[0]
+
+
+@rule("lstm")
+def _(w: Writer, step: Step, *xs: str) -> str:
+    """ONNX has only the last of the cell's states. So all hidden states (index 0), and both states
+    after the last step (index :, -1), are written where they are read."""
+    indices = [s.settings.get("index") if s else None for s in w.graph.users(step.output)]
+    if any(i not in (0, (slice(None), -1)) for i in indices):
+        raise w.refuse(step, "its cell states are read, of which ONNX has only the last")
+    w.states[step.output] = recurrent(w, step)
+    return w.states[step.output][0]
+
+
+def recurrent(w: Writer, step: Step) -> tuple[str, str]:
+    """All hidden states (T, N, H), and those after the last step: (1, N, H), of an LSTM with the
+    cell's (2, N, H)."""
+    op, order = GATES[step.op]
+    x, *states, w_ih, w_hh, b_ih, b_hh, lengths = step.inputs
+    if lengths is not None:
+        raise w.refuse(step, "sequences of unequal length")
+    hidden = w.shapes[w_hh][1]
+    rows = np.concatenate([np.arange(hidden) + gate * hidden for gate in order])
+
+    def by_gate(*names: str) -> str:
+        parts = [w.node("Gather", name, w.ints(rows), axis=0) for name in names]
+        whole = w.node("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
+        return w.node("Unsqueeze", whole, w.ints([0]))
+
+    def first(ref: Ref) -> str:
+        """A state to start from; "": zeros."""
+        made = next((s for s in w.graph.steps if s.output == ref), None)
+        if made and made.op == "expand" and not w.array(made.inputs[0]).any():
+            return ""
+        return w.node("Unsqueeze", w.name(ref), w.ints([0]))
+
+    bias = by_gate(w.name(b_ih), w.name(b_hh)) if b_ih is not None else ""
+    how: dict[str, Any] = {"linear_before_reset": 1} if op == "GRU" else {}
+    if op == "RNN":
+        how["activations"] = [step.settings["nonlinearity"].capitalize()]
+    ends = [w.free(f"{w.where}.{op}.{end}".lstrip(".")) for end in "hc"[: len(states)]]
+    y = w.node(op, w.name(x), by_gate(w.name(w_ih)), by_gate(w.name(w_hh)), bias, "",
+               *map(first, states), more=ends, hidden_size=hidden, **how)  # fmt: skip
+    last = w.node("Concat", *ends, axis=0) if len(ends) > 1 else ends[0]
+    return w.node("Squeeze", y, w.ints([1])), last
+
+
 # Pooling
 
 
@@ -577,9 +638,12 @@ def _(w: Writer, step: Step, x: str) -> str:
     before = w.shapes[step.inputs[0]]
     old = (1,) * (len(step.shape) - len(before)) + before
     shape = [1 if n == m else n for n, m in zip(step.shape, old)]
-    if any(isinstance(n, PerSample) for n in shape):
-        raise w.refuse(step, "it repeats a value for the whole batch")
-    return w.node("Expand", x, w.ints(shape))
+    if not any(isinstance(n, PerSample) for n in shape):
+        return w.node("Expand", x, w.ints(shape))
+    batch = w.node("Shape", w.names[w.graph.inputs[0]], start=0, end=1)
+    sizes = [w.node("Mul", batch, w.ints([n.times])) if isinstance(n, PerSample) else w.ints([n])
+             for n in shape]  # fmt: skip
+    return w.node("Expand", x, w.node("Concat", *sizes, axis=0))
 
 
 @rule("flip")
@@ -599,6 +663,8 @@ def _(w: Writer, step: Step, x: str) -> str:
 def _(w: Writer, step: Step, x: str) -> str:
     """NumPy's basic indexing: slices, then numbers are taken out and new axes put in."""
     index = step.settings["index"]
+    if step.inputs[0] in w.states:
+        return w.states[step.inputs[0]][index != 0]
     index = list(index) if isinstance(index, tuple) else [index]
     before = w.shapes[step.inputs[0]]
     if any(not isinstance(i, int | np.integer | slice | None) and i is not Ellipsis for i in index):

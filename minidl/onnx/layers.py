@@ -16,6 +16,7 @@ from minidl import nn
 from minidl.autograd import mode
 from minidl.nn import functional as F
 from minidl.onnx import operators
+from minidl.onnx.export import GATES
 from minidl.onnx.operators import explicit_pads
 from minidl.ops import elementwise as e
 from minidl.ops import quantized, reduce, shape
@@ -382,6 +383,69 @@ def _(node: Node) -> Layer:
     return lambda *xs: einsum(equation, *xs)
 
 
+# Recurrent layers, and tables --------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer of `nn`, with ONNX's shapes.
+
+    Args:
+        layer: `nn.RNN`, `nn.LSTM` or `nn.GRU`.
+        reverse: it reads from the end.
+        batch_first: ONNX's layout 1.
+    """
+
+    def __init__(self, layer: nn.Module, reverse: bool, batch_first: bool) -> None:
+        super().__init__()
+        self.layer, self.reverse, self.batch_first = layer, reverse, batch_first
+
+    def forward(self, x: Tensor, lengths: Any = None, *first: Any) -> tuple[Tensor, ...]:
+        """x (T, N, I), and states to start from, (D, N, H): all hidden states (T, D, N, H) and the
+        states after the last step (D, N, H); or, batch first, (N, T, D, H) and (N, D, H)."""
+        layer: Any = self.layer
+        x = x.transpose(0, 1) if self.batch_first else x
+        hx: Any = None
+        if given := [s for s in first if s is not None]:
+            zeros = np.zeros(given[0].shape, x.dtype)  # of an LSTM, h or c may be absent
+            states = [zeros if s is None else s for s in (*first, None)[: layer.states]]
+            states = [s if isinstance(s, Tensor) else Tensor(s).to(x.device) for s in states]
+            states = [s.transpose(0, 1) if self.batch_first else s for s in states]
+            hx = states[0] if layer.states == 1 else tuple(states)
+        y, last = layer(x.flip(0) if self.reverse else x, hx)
+        y = y.flip(0) if self.reverse else y
+        y = y.reshape((*y.shape[:2], layer.directions, layer.hidden_size))
+        ends = (last,) if layer.states == 1 else last
+        if self.batch_first:
+            return y.transpose(0, 1), *(s.transpose(0, 1) for s in ends)
+        return y.permute(0, 2, 1, 3), *ends
+
+
+@layer("LSTM", "GRU", "RNN")
+def _(node: Node) -> Layer:
+    w, r, b = (node.constant(i) for i in (1, 2, 3))
+    assert w is not None and r is not None
+    direction, hidden = node.get("direction", "forward"), node.get("hidden_size", r.shape[2])
+    usual = {"LSTM": ["sigmoid", "tanh", "tanh"], "GRU": ["sigmoid", "tanh"], "RNN": ["tanh"]}
+    given = node.get("activations", usual[node.op] * len(w))
+    given = [name.decode().lower() if isinstance(name, bytes) else name for name in given]
+    if node.get("linear_before_reset", 0) != (node.op == "GRU"):
+        raise node.refused("a GRU with linear_before_reset=0 computes otherwise")
+    if node.input(4) or node.input(7) or node.get("input_forget", 0):
+        raise node.refused("sequences of unequal length, peepholes and coupled gates are not there")
+    if given != usual[node.op] * len(w) and (node.op != "RNN" or {*given} != {"relu"}):
+        raise node.refused(f"activations {given}")
+    how: dict[str, Any] = {"nonlinearity": given[0]} if node.op == "RNN" else {}
+    kind: Any = getattr(nn, node.op)
+    made = kind(w.shape[2], hidden, bias=b is not None, bidirectional=len(w) == 2, **how)
+    order = np.argsort(GATES[node.op.lower()][1])
+    rows = np.concatenate([np.arange(hidden) + gate * hidden for gate in order])
+    for d in range(len(w)):
+        biases = [] if b is None else np.split(b[d], 2)
+        for name, value in zip(made.names(0, d), (w[d], r[d], *biases)):
+            setattr(made, name, parameter(value[rows]))
+    return Recurrent(made, direction == "reverse", bool(node.get("layout", 0)))
+
+
 # Normalization ----------------------------------------------------------------------------
 
 
@@ -695,6 +759,14 @@ def _(node: Node) -> Layer:
 @layer("Gather")
 def _(node: Node) -> Layer:
     axis = node.get("axis", 0)
+    if node.known(0) and not node.known(1) and axis == 0 and node.rank(0) == 2:
+        table = node.constant(0)
+        assert table is not None
+        if table.dtype.kind == "f":
+            made = nn.Embedding(*table.shape)
+            made.weight = parameter(table)
+            return made
+        node.consumed.clear()
 
     def take(x: Any, indices: Any) -> Any:
         indices = indices.numpy() if isinstance(indices, Tensor) else indices

@@ -168,12 +168,14 @@ def load(f: str | os.PathLike[str], *, quantized: bool = True) -> Any:
         return module
 
 
-WEIGHTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "PRelu")
+# Which input is a layer's weight.
+WEIGHTS = {"Gather": 0, **dict.fromkeys(
+    ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "PRelu"), 1)}  # fmt: skip
 BESIDE = {
     "QuantizeLinear": "quantize",
     "DequantizeLinear": "rounding",
 }  # the layer's own name stays
-SEVERAL = ("Split", "DynamicQuantizeLinear")  # what has several outputs
+SEVERAL = ("Split", "DynamicQuantizeLinear", "LSTM", "GRU", "RNN")  # what has several outputs
 
 
 class Reader:
@@ -316,7 +318,8 @@ class Reader:
         """What a layer was called whose weights are called NAME.weight; else nothing."""
         if node.op_type not in WEIGHTS or len(node.input) < 2:
             return ""
-        weight, maker = node.input[1], self.makers.get(node.input[1])
+        weight = node.input[WEIGHTS[node.op_type]]
+        maker = self.makers.get(weight)
         if maker is not None and maker.op_type == "DequantizeLinear":
             weight = maker.input[0]
         return weight.removesuffix(".weight") if weight.endswith(".weight") else ""

@@ -270,7 +270,7 @@ class Lowering:
             ValueError: no integers can do it.
         """
         live = [ref for ref in step.refs() if ref not in self.graph.constants]
-        if self.skipped(step):
+        if self.skipped(step) or not live:
             return "float"
         if step.op in PRODUCTS and constant_weights(self.graph, step):
             return "product"

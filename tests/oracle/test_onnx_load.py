@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx.backend.test.case.node import collect_testcases
 
 import minidl
 from minidl.onnx import load
 from minidl.onnx.load import LAYERS
 from minidl.tensor import Tensor
+from minidl.trace import trace
+from tests.test_onnx import RECURRENT, words
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -24,8 +27,9 @@ with warnings.catch_warnings():
         if ops <= LAYERS.keys():
             CASES["several" if len(case.model.graph.node) > 1 else ops.pop()].append(case)
 
-# Of these all cases have several outputs, or are older than what is read: tests/test_onnx.py.
-ELSEWHERE = ("LayerNormalization", "Not")
+# Of these all cases have several outputs, are older than what is read, or have the other kind of
+# reset gate: tests/test_onnx.py.
+ELSEWHERE = ("LayerNormalization", "Not", "GRU")
 # The operators of integer networks: nothing of them is refused, but for other types.
 WHOLE = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
 
@@ -79,3 +83,33 @@ def test_of_onnx(op: str, tmp_path: Path) -> None:
     assert op not in WHOLE or not refused
     other = [why for why in refused if "type" not in why and "block_size" not in why]
     assert op not in ("QuantizeLinear", "DequantizeLinear") or not other
+
+
+class Words(torch.nn.Module):
+    def __init__(self, kind: Any, **how: Any) -> None:
+        super().__init__()
+        self.table, self.rnn = torch.nn.Embedding(9, 5), kind(5, 4, 2, batch_first=True, **how)
+        self.out = torch.nn.Linear(8 if how.get("bidirectional") else 4, 3)
+
+    def forward(self, words: Any) -> Any:
+        y, last = self.rnn(self.table(words))
+        return (self.out(y[:, -1]), y, *(last if isinstance(last, tuple) else (last,)))
+
+
+@pytest.mark.parametrize("kind, how", RECURRENT)
+def test_recurrent_networks_of_pytorch(kind: Any, how: Any, tmp_path: Path) -> None:
+    """Whose states to start from are computed from the batch's size; also traced."""
+    torch.manual_seed(0)
+    model = Words(getattr(torch.nn, kind.__name__), **how).eval()
+    some, x = (torch.from_numpy(words(n).numpy()) for n in (2, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (some,), str(tmp_path / "m.onnx"), dynamo=False, input_names=["x"],
+            dynamic_axes={"x": {0: "n"}},
+        )  # fmt: skip
+    again = load(tmp_path / "m.onnx")
+    graph = trace(again, words(2))
+    for f in (again, graph):
+        for ours, theirs in zip(f(words(5)), model(x), strict=True):
+            np.testing.assert_allclose(ours.numpy(), theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
