@@ -80,6 +80,20 @@ class Step:
         nested(self.settings, lambda x: found.append(x) if isinstance(x, PerSample) else None)
         return bool(found)
 
+    @cached_property
+    def resolved(self) -> dict[int, dict[str, Any]]:
+        """The settings for the batch size that was last asked for."""
+        return {}
+
+    def settings_for(self, n: int) -> dict[str, Any]:
+        """The settings, for a batch of n."""
+        if not self.varies:
+            return self.settings
+        if n not in self.resolved:
+            self.resolved.clear()
+            self.resolved[n] = resolve(self.settings, n)
+        return self.resolved[n]
+
 
 @dataclass
 class Graph:
@@ -129,8 +143,7 @@ class Graph:
         n = len(inputs[0])
         for i, step in enumerate(self.steps):
             given = [values[x] if isinstance(x, Ref) else x for x in step.inputs]
-            settings = resolve(step.settings, n) if step.varies else step.settings
-            y = registry[step.op](*given, **settings)
+            y = registry[step.op](*given, **step.settings_for(n))
             changed = None if watch is None else watch(step, given, y)
             values[step.output] = y if changed is None else changed
             for ref in done.get(i, ()):

@@ -542,6 +542,12 @@ def whole_bias(b: np.ndarray, scale: np.ndarray, layer: str) -> np.ndarray:
 # The module -------------------------------------------------------------------------------
 
 
+PACK: dict[str, Any] = {
+    "conv_integer": lambda w, how: pack_conv_integer(w, groups=how["groups"]),
+    "matmul_integer": lambda w, how: pack_matmul_integer(w.T),
+}
+
+
 class Quantized(nn.Module):
     """A network on integers: the list of its ops, and its constants as buffers.
 
@@ -558,7 +564,8 @@ class Quantized(nn.Module):
         self.names = {ref: f"c{ref.number}" for ref in graph.constants}
         for ref, name in self.names.items():
             self.register_buffer(name, graph.constants[ref])
-        self.packed: dict[Ref, Packed] = {}
+        self.weights = {step.inputs[1]: step for step in graph.steps if step.op in PACK}
+        self.packed = {ref: Packed() for ref in self.weights}
         self.eval()
 
     def constants(self) -> dict[Ref, Any]:
@@ -569,17 +576,10 @@ class Quantized(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """The steps, with weights that are packed once."""
         constants = self.constants()
-        pack: dict[str, Any] = {
-            "conv_integer": lambda w, how: pack_conv_integer(w, groups=how["groups"]),
-            "matmul_integer": lambda w, how: pack_matmul_integer(w.T),
-        }
-        takes = {op for op in pack if takes_packed(registry[op], inputs[0])}
-        for step in self.graph.steps:
+        takes = {op for op in PACK if takes_packed(registry[op], inputs[0])}
+        for ref, step in self.weights.items():
             if step.op in takes:
-                ref = step.inputs[1]
-                weight = getattr(self, self.names[ref])
-                packed = self.packed.setdefault(ref, Packed())
-                constants[ref] = packed.of(weight, pack[step.op], step.settings)
+                constants[ref] = self.packed[ref].of(constants[ref], PACK[step.op], step.settings)
         with minidl.no_grad():
             return self.graph.run(inputs, constants=constants)
 
