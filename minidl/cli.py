@@ -65,7 +65,10 @@ def main() -> None:
 
 
 def command(
-    function: Callable[..., None], group: typer.Typer = app, name: str | None = None
+    function: Callable[..., None],
+    group: typer.Typer = app,
+    name: str | None = None,
+    **settings: Any,
 ) -> Callable[..., None]:
     """Make a command of a function: what goes wrong is said in a paragraph, not a traceback.
 
@@ -85,6 +88,8 @@ def command(
             rank, ranks = which_rank()
             if rank == 0:
                 mpirun = f"mpirun -n {ranks} " if ranks > 1 else ""
+                if "MINIDL_LAUNCHER" in os.environ:
+                    mpirun = f"minidl launch -n {ranks} --elastic "
                 say_error(
                     f"{stop}. Go on with:\n\n  {mpirun}minidl {shlex.join(arguments)} --resume",
                     "stopped",
@@ -100,7 +105,7 @@ def command(
 
     # Typer reads types from here; they are strings, made by `from __future__ import annotations`.
     run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
-    return group.command(name)(run)
+    return group.command(name, **settings)(run)
 
 
 def fail(error: Exception, code: int) -> NoReturn:
@@ -111,9 +116,12 @@ def fail(error: Exception, code: int) -> NoReturn:
         traceback.print_exc()
     where = f"minidl, rank {rank} of {ranks}" if rank > 0 else "minidl"
     say_error(str(error) or type(error).__name__, where)
-    if ranks > 1:
-        dist = sys.modules["minidl.distributed"]
-        dist.communicator().abort(code)  # the others would wait for this one
+    if "minidl.distributed" in sys.modules:
+        from minidl import distributed as dist
+
+        dist.launch.told(error)
+        if ranks > 1:
+            dist.communicator().abort(code)  # the others would wait for this one
     raise typer.Exit(code) from None
 
 
@@ -262,7 +270,8 @@ def train(
     happened, to the same bits.
 
     `mpirun -n 2 minidl train ...` cuts every batch over two processes. They learn what one process
-    learns, up to rounding (but draw other numbers for dropout).
+    learns, up to rounding (but draw other numbers for dropout). `minidl launch -n 2 --elastic
+    minidl train ...` goes on when one of them dies.
 
     Recommended: the defaults for a quick result (Fashion-MNIST: about 92 % after 5 epochs), and
     --epochs 15 for a good one (above 93 %).
@@ -276,8 +285,7 @@ def train(
     from minidl.train import train
 
     use_threads(threads)
-    ranks = dist.init()
-    screen = console()
+    dist.init()
     parse_device(device)
     if device == "cuda":
         minidl.cuda.set_device_by_rank()
@@ -287,21 +295,9 @@ def train(
     augment = epochs >= 10 if augment is None else augment
     train_set, test_set = open_data(data, root, download, augment)
 
-    minidl.manual_seed(seed)
-    network = network_for(model, test_set).to(device)
-    if ranks.world_size > 1:
-        network = dist.DataParallel(
-            dist.SyncBatchNorm.convert_sync_batchnorm(network),
-            check_finite=amp != "float16",  # there the scaler leaves such a step out
-        )
-    ahead: dict[str, Any] = {"prefetch_thread": True, "device": device}
-    train_loader = share_of_batches(train_set, batch_size, shuffle=True, **ahead)
-    test_loader = share_of_batches(test_set, 500, **ahead)
     lrs = {"adam": 0.005 if small else 0.004, "sgd": 0.05, "rmsprop": 0.001}
     lrs["adamw"] = lrs["adam"]
     lr = lrs[choose("optimizer", optimizer, list(lrs))] if lr is None else lr
-    optimizer_ = make_optimizer(optimizer, network, lr, momentum, weight_decay)
-    scheduler_ = make_scheduler(scheduler, optimizer_, epochs, len(train_loader))
     config = {
         "data": data, "model": model, "batch_size": batch_size, "augment": augment, "seed": seed,
         "scheduler": scheduler if scheduler == "none" else f"{scheduler} over {epochs} epochs",
@@ -309,27 +305,46 @@ def train(
     }  # fmt: skip
     out = out or Path("runs") / f"{data}-{model}"
 
-    parameters = sum(p.numel() for p in network.parameters())
-    screen.print(
-        f"[bold]{model}[/] ({parameters:,} parameters) on [bold]{data}[/] ({len(train_set):,} + "
-        f"{len(test_set):,} images), {kernels_in_words()}"
-        + (f" on each of {ranks.world_size} ranks" if ranks.world_size > 1 else "")
-    )
-    with Live(screen, epochs, len(train_loader)) as live:
-        log = train(
-            network, train_loader, test_loader, optimizer_, scheduler_,
-            epochs=epochs, out=out, max_grad_norm=max_grad_norm, amp=amp, resume=resume,
-            loss_function=nn.CrossEntropyLoss(label_smoothing=label_smoothing),
-            overwrite=overwrite, config=config, checkpoint_seconds=checkpoint_seconds,
-            on_step=live.step, on_epoch=live.epoch,
-        )  # fmt: skip
+    def attempt(job: dist.elastic.Job) -> list[dict[str, Any]]:
+        """Under `minidl launch --elastic` there may be several, on fewer ranks each."""
+        ranks, screen = dist.communicator(), console()
+        minidl.manual_seed(seed)
+        network = network_for(model, test_set).to(device)
+        if ranks.world_size > 1:
+            network = dist.DataParallel(
+                dist.SyncBatchNorm.convert_sync_batchnorm(network),
+                check_finite=amp != "float16",  # there the scaler leaves such a step out
+            )
+        ahead: dict[str, Any] = {"prefetch_thread": True, "device": device}
+        train_loader = share_of_batches(train_set, batch_size, shuffle=True, **ahead)
+        test_loader = share_of_batches(test_set, 500, **ahead)
+        optimizer_ = make_optimizer(optimizer, network, lr, momentum, weight_decay)
+        scheduler_ = make_scheduler(scheduler, optimizer_, epochs, len(train_loader))
+
+        parameters = sum(p.numel() for p in network.parameters())
+        screen.print(
+            f"[bold]{model}[/] ({parameters:,} parameters) on [bold]{data}[/] ({len(train_set):,} "
+            f"+ {len(test_set):,} images), {kernels_in_words()}"
+            + (f" on each of {ranks.world_size} ranks" if ranks.world_size > 1 else "")
+        )
+        with Live(screen, epochs, len(train_loader)) as live:
+            return train(
+                network, train_loader, test_loader, optimizer_, scheduler_,
+                epochs=epochs, out=out, max_grad_norm=max_grad_norm, amp=amp,
+                loss_function=nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+                resume=resume or job.attempt > 0, overwrite=overwrite and job.attempt == 0,
+                config=config, checkpoint_seconds=checkpoint_seconds,
+                on_step=live.step, on_epoch=live.epoch,
+            )  # fmt: skip
+
+    log = dist.elastic.run(attempt)
     best = max(log, key=lambda record: record["test_accuracy"])
     table = Table.grid(padding=(0, 2))
     table.add_row("test accuracy", f"[bold]{100 * log[-1]['test_accuracy']:.2f} %[/]")
     table.add_row("best", f"{100 * best['test_accuracy']:.2f} % (epoch {best['epoch']})")
     table.add_row("training time", f"{sum(record['seconds'] for record in log):.1f} s")
     table.add_row("written to", f"{out}/ (log.jsonl, curves.png, best.safetensors)")
-    screen.print(table)
+    console().print(table)
 
 
 @command
@@ -752,6 +767,56 @@ def doctor() -> None:
     from minidl.doctor import show
 
     show(console())
+
+
+@functools.partial(
+    command, context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True}
+)
+def launch(
+    program: Annotated[
+        list[str], typer.Argument(help="A Python script, or a command; and its arguments.")
+    ],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many ranks.")] = 2,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Go on after a rank was lost, till all is done.")
+    ] = False,
+    on_failure: Annotated[
+        str,
+        typer.Option(
+            help="restart: all, from the last checkpoint. shrink, respawn: the others go on, with "
+            "fewer or with another in its place (Open MPI)."
+        ),
+    ] = "restart",
+    max_restarts: Annotated[int, typer.Option(min=0, help="Give up after so many.")] = 10,
+    backoff: Annotated[
+        float, typer.Option(min=0, help="Seconds before the first restart; doubled each time.")
+    ] = 1.0,
+    stall: Annotated[
+        float, typer.Option(help="Say which rank is silent, after so many seconds.")
+    ] = 5.0,
+    give_up: Annotated[float, typer.Option(help="Kill it after so many.")] = 60.0,
+    mpirun: Annotated[
+        str | None,
+        typer.Option(help="Which mpirun.", show_default="$MINIDL_MPIRUN, or that of this Python"),
+    ] = None,
+    mpi: Annotated[
+        str, typer.Option(help="More options for mpirun, such as '--hostfile hosts'.")
+    ] = "",
+) -> None:
+    """Start a program on several ranks, watch them, and start them again.
+
+    `minidl launch -n 4 --elastic script.py` needs a script that trains in `dist.elastic.run` (see
+    its documentation), or `minidl train`. It says which rank died of what, and which is silent,
+    and returns 0 only if the program has come to its end. Ctrl-C leaves a checkpoint, from which
+    the same command goes on.
+    """
+    from minidl.distributed.launch import launch
+
+    code = launch(
+        program, n, elastic=elastic, on_failure=on_failure, max_restarts=max_restarts,
+        backoff=backoff, stall=stall, give_up=give_up, mpirun=mpirun, mpi=mpi,
+    )  # fmt: skip
+    raise typer.Exit(code)
 
 
 @command

@@ -21,12 +21,9 @@ import itertools
 import json
 import math
 import os
-import signal
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +35,11 @@ from minidl import nn
 from minidl.amp import GradScaler, autocast
 from minidl.backend import random
 from minidl.distributed import Communicator, DataParallel, ZeroRedundancyOptimizer
+from minidl.distributed.checkpoint import together
 from minidl.distributed.data_parallel import own_random_numbers
 from minidl.nn import functional as F
 from minidl.serialization import atomic_path
+from minidl.signals import Interrupted, signals_noted
 from minidl.tensor import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -93,14 +92,6 @@ class NonFiniteError(ArithmeticError):
 
 class RunError(ValueError):
     """A run cannot be started or resumed in this folder as it was asked to."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C (or SIGTERM), after its checkpoint was written."""
-
-    def __init__(self, signum: int, checkpoint: Path) -> None:
-        super().__init__(f"by {signal.Signals(signum).name}; {checkpoint} is written")
-        self.signum, self.checkpoint = signum, checkpoint
 
 
 def train(
@@ -347,17 +338,10 @@ def gather(ranks: Communicator | None, *numbers: float) -> np.ndarray:
 
 def on_first(ranks: Communicator | None, action: Callable[[], Any]) -> None:
     """Do something on rank 0, while the others wait. What it raises there is raised on all."""
-    error: Exception | None = None
-    if ranks is None or ranks.rank == 0:
-        try:
-            action()
-        except Exception as raised:
-            error = raised
-    if ranks is not None:
-        theirs = ranks.all_gather_object(error)[0]
-        error = error or theirs
-    if error is not None:
-        raise error
+    if ranks is None:
+        action()
+    else:
+        together(ranks, lambda: action() if ranks.rank == 0 else None)
 
 
 def same_run(ranks: Communicator | None, state: dict[str, Any] | None) -> bool:
@@ -495,27 +479,3 @@ def check_weights(model: nn.Module, progress: Progress) -> None:
                 "again with a lower learning rate (--lr) or clipped gradients (--max-grad-norm 1). "
                 "The checkpoints are as they were before"
             )
-
-
-@contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """Within it, Ctrl-C and SIGTERM are put on a list: a step that has begun is finished.
-
-    A second Ctrl-C ends the program at once. (Only the main thread can have this.)
-    """
-    stopped: list[int] = []
-
-    def note(signum: int, frame: Any) -> None:
-        if stopped:
-            raise KeyboardInterrupt
-        stopped.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -17,7 +17,7 @@ from minidl.data import MNIST
 
 COMMANDS = [
     "demo", "train", "attack", "augment", "quantize", "caption train", "caption show", "kernels",
-    "doctor", "scale", "bench ladder", "bench step",
+    "doctor", "launch", "scale", "bench ladder", "bench step",
 ]  # fmt: skip
 
 

@@ -10,8 +10,9 @@ A script runs unchanged alone, under mpirun, and as threads (`dist.simulate`). F
 `drawing.py` (a picture of what they said), `aggregation.py` (sums over ranks, written out),
 `data_parallel.py` (a part of the batch for each rank; with it `sampler.py`, `sync_batch_norm.py`,
 `zero.py`), `schedules.py`, `timeline.py`, `pipeline.py` (layers split over ranks),
-`tensor_parallel.py` (one layer split), `mesh.py` (all of it together). `mapreduce.py` is apart: a
-gradient as a job on Spark, where data lies in Hadoop.
+`tensor_parallel.py` (one layer split), `mesh.py` (all of it together), `elastic.py` (ranks may die;
+with it `checkpoint.py`, `launch.py`, `ulfm.py`). `mapreduce.py` is apart: a gradient as a job on
+Spark, where data lies in Hadoop.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+from minidl.distributed import launch
 from minidl.distributed.communicator import CommunicationError, Communicator, Work
 from minidl.distributed.data_parallel import DataParallel
 from minidl.distributed.mesh import Mesh, init_mesh
@@ -43,12 +45,16 @@ from minidl.distributed.tensor_parallel import (
 )
 from minidl.distributed.zero import ZeroRedundancyOptimizer
 
+# isort: split
+from minidl.distributed import checkpoint, elastic
+
 __all__ = [
     "ColumnParallelConv2d", "ColumnParallelLinear", "CommunicationError", "Communicator",
     "DataParallel", "DistributedBatchSampler", "DistributedSampler", "Mesh", "Message", "Pipeline",
     "RowParallelConv2d", "RowParallelLinear", "SyncBatchNorm", "VocabParallelEmbedding", "Work",
-    "ZeroRedundancyOptimizer", "communicator", "full_state_dict", "init", "init_mesh",
-    "is_initialized", "load_full_state_dict", "rank", "simulate", "split_sequential", "world_size",
+    "ZeroRedundancyOptimizer", "checkpoint", "communicator", "elastic", "full_state_dict",
+    "init", "init_mesh", "is_initialized", "load_full_state_dict", "rank", "simulate",
+    "split_sequential", "world_size",
 ]  # fmt: skip
 
 # How many ranks there are: Open MPI; MPICH and Intel MPI; MVAPICH; Slurm's srun.
@@ -78,8 +84,9 @@ def init(check: bool | None = None, timeout: float = 1800, patience: float = 2.0
     if (simulated := getattr(here, "communicator", None)) is not None:
         return simulated
     if _world is None:
-        launched = any(os.environ.get(name, "1") not in ("", "1") for name in SIZES)
-        if not launched:
+        several = any(os.environ.get(name, "1") not in ("", "1") for name in SIZES)
+        several |= os.environ.get("MINIDL_ON_FAILURE") == "respawn"  # one may be spawned by others
+        if not several:
             _world = SimulatedCommunicator(Simulation(1), [0], 0, ())
         elif importlib.util.find_spec("mpi4py") is None:
             raise RuntimeError(
@@ -92,6 +99,7 @@ def init(check: bool | None = None, timeout: float = 1800, patience: float = 2.0
             if check is None:
                 check = os.environ.get("MINIDL_DIST_CHECK", "1") != "0"
             _world = world(check, timeout, patience)
+        launch.report(_world.rank, _world.world_size)
     return _world
 
 

@@ -146,6 +146,14 @@ class Communicator:
         rows = self.all_gather(padded)
         return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, lengths)]
 
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The value of rank `root` (anything that can be pickled), on all ranks."""
+        data = np.frombuffer(pickle.dumps(value) if self.rank == root else b"", np.uint8).copy()
+        length = self.broadcast(np.array(len(data)), root)
+        if self.rank != root:
+            data = np.empty(int(length), np.uint8)
+        return pickle.loads(self.broadcast(data, root).tobytes())
+
     def split(self, color: int, key: int | None = None) -> Communicator:
         """A communicator of those ranks that give the same color, in the order of their keys
         (by default: of their ranks)."""

@@ -20,7 +20,6 @@ import queue
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -95,7 +94,7 @@ class Watch:
     """What this process tells and hears while it waits, whatever the communicator."""
 
     def __init__(self) -> None:
-        self.control = MPI.COMM_WORLD.Dup()
+        self.control = base.Dup()
         self.rank, self.world_size = self.control.Get_rank(), self.control.Get_size()
         self.states: dict[int, Status] = {}  # of the ranks that wait, as far as they have said so
         self.posted: dict[Name, int] = {}
@@ -161,7 +160,7 @@ class MPICommunicator(Communicator):
         self.data, self.control = comm.Dup(), comm.Dup()
         self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
         self.name = name
-        here, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+        here, world = comm.Get_group(), base.Get_group()
         self.members = tuple(here.Translate_ranks(list(range(self.world_size)), world))
         self.check, self.timeout, self.patience = check, timeout, patience
         self.failure: BaseException | None = None  # of the thread
@@ -409,7 +408,9 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 
 # The program's end ----------------------------------------------------------------------------
 
-opened: weakref.WeakSet[MPICommunicator] = weakref.WeakSet()
+opened: set[MPICommunicator] = set()
+base: MPI.Comm = MPI.COMM_WORLD  # of all ranks; of those that are left, after a loss: `ulfm.py`
+settings: tuple[bool, float, float] = (True, 1800, 2.0)  # check, timeout, patience
 
 
 @functools.cache
@@ -420,15 +421,22 @@ def watch() -> Watch:
 
 def world(check: bool, timeout: float, patience: float) -> MPICommunicator:
     """All ranks that mpirun started. From here on, an uncaught exception on one ends all."""
+    global base, settings
+    settings = check, timeout, patience
+    if (parent := MPI.Comm.Get_parent()) != MPI.COMM_NULL:  # in the place of one that was lost
+        from minidl.distributed import ulfm
+
+        base = ulfm.join(parent)
     watch()
-    communicator = MPICommunicator(MPI.COMM_WORLD, check, timeout, patience)
+    communicator = MPICommunicator(base, *settings)
     before = sys.excepthook
 
     def end_all(kind: Any, error: Any, traceback: Any) -> None:
         sys.stdout.flush()
-        print(f"rank {communicator.rank} of {communicator.world_size}:", file=sys.stderr)
+        print(f"rank {base.Get_rank()} of {base.Get_size()}:", file=sys.stderr)
         before(kind, error, traceback)
-        communicator.abort(1)
+        sys.stderr.flush()
+        base.Abort(1)
 
     def end_all_of_thread(args: threading.ExceptHookArgs) -> None:
         end_all(args.exc_type, args.exc_value, args.exc_traceback)

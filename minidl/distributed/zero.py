@@ -85,12 +85,17 @@ class ZeroRedundancyOptimizer(Optimizer):
 
     # Saving and loading -------------------------------------------------------------------
 
+    def own_state_dict(self) -> dict[str, Any]:
+        """This rank's part of `state_dict`: the state of its share of the parameters only."""
+        numbers = {p: i for i, p in enumerate(self._all())}
+        state = {numbers[p]: dict(state) for p, state in self.local.state.items() if state}
+        return {**super().state_dict(), "state": state}
+
     def consolidate_state_dict(self) -> None:
         """Bring all ranks' state together, for `state_dict`. (All ranks must call it.)"""
-        numbers = {p: i for i, p in enumerate(self._all())}
         mine = {
-            numbers[p]: {k: v.cpu().array if isinstance(v, Tensor) else v for k, v in state.items()}
-            for p, state in self.local.state.items()
+            number: {k: v.cpu().array if isinstance(v, Tensor) else v for k, v in state.items()}
+            for number, state in self.own_state_dict()["state"].items()
         }
         found: dict[int, Any] = {}
         for part in self.communicator.all_gather_object(mine):
@@ -98,7 +103,6 @@ class ZeroRedundancyOptimizer(Optimizer):
         state = {
             number: {k: Tensor(v) if hasattr(v, "dtype") else v for k, v in found[number].items()}
             for number in sorted(found)
-            if found[number]
         }
         self.everything = {**super().state_dict(), "state": state}
 
