@@ -102,8 +102,8 @@ def main() -> None:
             if ranks.rank == 0:
                 print(f"seed {seed}, {way.name}: {curve[-1][1]:.2f} %, "
                       f"{time.perf_counter() - start:.0f} s so far", flush=True)  # fmt: skip
-    if ranks.rank == 0:
-        report(args, runs, len(sets[0]), len(sets[1]), time.perf_counter() - start)
+        if ranks.rank == 0:  # a record after each seed: it takes long, and may be interrupted
+            report(args, runs, len(sets[0]), len(sets[1]), time.perf_counter() - start)
 
 
 def report(args: Any, runs: dict[str, Any], images: int, tests: int, took: float) -> None:
@@ -114,13 +114,13 @@ def report(args: Any, runs: dict[str, Any], images: int, tests: int, took: float
         rows.append([
             way.name, f"{way.scale * LR:g}", f"{images // (SHARE * way.workers):,}",
             mean_std(found), f"{found.min():.1f}", "" if way is SMALL else mean_std(lost),
-            f"{np.mean([curve[0][0] for curve in runs[way.name]]):.2f}",
+            mean_std([curve[0][0] for curve in runs[way.name]]),
         ])  # fmt: skip
     text = [
         "# How large may a batch be?",
         f"Fashion-MNIST, {images:,} images, 784-128-128-10, {EPOCHS if not args.quick else 1} "
-        f"epochs of SGD with momentum 0.9; {args.seeds} seeds (mean ± standard deviation). "
-        "A batch is cut into shares of 64, one for each worker; their gradients are summed by "
+        f"epochs of SGD with momentum 0.9; {len(final[SMALL.name])} seeds (mean ± standard "
+        "deviation). A batch is cut into shares of 64, one a worker; their gradients are summed by "
         f"`DataParallel`. η = {LR} is right for 64 images. Accuracy in % on {tests:,} test images. "
         "See `benchmarks/experiments/large_batch.py` for the schedule.",
         table(
@@ -137,7 +137,9 @@ def report(args: Any, runs: dict[str, Any], images: int, tests: int, took: float
         verdict(final),
         f"{kernels_in_words()}; {took / 60:.1f} minutes in all, on a machine that had other work.",
     ]  # fmt: skip
-    write(args.out, "large_batch", "\n\n".join(text) + "\n", runs, draw(runs))
+    numbers = {name: [[[x if np.isfinite(x) else None for x in epoch] for epoch in curve]
+                      for curve in curves] for name, curves in runs.items()}  # fmt: skip
+    write(args.out, "large_batch", "\n\n".join(text) + "\n", numbers, draw(runs))
 
 
 def verdict(final: dict[str, np.ndarray]) -> str:
