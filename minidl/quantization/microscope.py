@@ -36,7 +36,7 @@ from minidl.amp import autocast
 from minidl.attack import deployed, fgsm
 from minidl.op import registry
 from minidl.quantization.observers import OBSERVERS
-from minidl.quantization.static import Lowering, calibrate, fold
+from minidl.quantization.static import Lowering, calibrate, depthwise, fold
 from minidl.serialization import atomic_path
 from minidl.tensor import Tensor
 from minidl.trace import Graph, Ref, Step, trace
@@ -195,7 +195,7 @@ def look(
         raise ValueError("the microscope needs images to look at, and batches to calibrate with")
     if observer not in OBSERVERS:
         raise ValueError(f"observer {observer!r}: expected one of {', '.join(OBSERVERS)}")
-    graph = fold(trace(model, batches[0]))
+    graph = depthwise(fold(trace(model, batches[0])))
     shapes = [step.shape for step in graph.steps if step.output == graph.output]
     if not shapes or len(shapes[0]) != 2:
         raise ValueError("the microscope takes a classifier: images -> scores (N, classes)")

@@ -10,7 +10,7 @@ from minidl.quantization.bias_correction import correct_biases
 from minidl.quantization.dynamic import dynamic
 from minidl.quantization.equalize import equalize as equalized
 from minidl.quantization.observers import OBSERVERS
-from minidl.quantization.static import Lowering, Quantized, calibrate, fold, learned
+from minidl.quantization.static import Lowering, Quantized, calibrate, depthwise, fold, learned
 from minidl.quantization.weight_only import weight_only
 from minidl.trace import trace
 
@@ -83,7 +83,7 @@ def quantize(
     first = batches[0] if isinstance(batches[0], tuple | list) else (batches[0],)
     graph = trace(model, *first)
     grids = learned(model, graph)
-    graph = fold(graph, grids)
+    graph = depthwise(fold(graph, grids))
     known = {name for name, _ in model.named_modules()}
     if unknown := [name for name in skip if name not in known]:
         raise ValueError(f"skip: {type(model).__name__} has no layer {unknown[0]!r}")

@@ -8,7 +8,8 @@ where the sum is one of small integers, exact in 32 bits, and b is such an integ
 the layers there are bytes only. It takes five steps, most a function below:
 
     trace       the network as a list of ops                                   (minidl/trace.py)
-    fold        what only scales a layer's output (batch norm) goes into its weights
+    fold        what only scales a layer's output (batch norm) goes into its weights; elsewhere
+                it becomes a product of its own
                 (then, if wanted: equalize.py and, after calibration, bias_correction.py)
     calibrate   which range does every value have? Some batches are looked at  (observers.py)
     lower       each op becomes the one on integers
@@ -62,7 +63,6 @@ def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
     w' = w · scale,  b' = b · scale + shift  (Jacob et al. 2018, equation 14)
 
     So does a bias that is added in a step of its own, as in networks from elsewhere.
-    A scale without a product before it (but max pooling, say) becomes a depthwise convolution.
 
     Args:
         learned: of weights, by their numbers; what is folded gets its new number in it.
@@ -96,21 +96,22 @@ def fold(graph: Graph, learned: dict[Ref, Learned] | None = None) -> Graph:
             step, inputs=(step.inputs[0], weight_ref, bias_ref), output=after.output
         )
         graph.steps.remove(after)
+    return graph
+
+
+def depthwise(graph: Graph) -> Graph:
+    """A scale and a shift of images that no product has taken in (what precedes is max pooling,
+    say) become a product: a convolution with one weight for each channel."""
+    graph = graph.copy()
     for i, step in enumerate(graph.steps):
-        if (
-            step.op == "scale_shift"
-            and len(step.shape) == 4
-            and all(ref in graph.constants for ref in step.inputs[1:])
-        ):  # of images, with no product before it: itself one, each channel with a weight
-            scale = graph.constants[step.inputs[1]].numpy()
-            c, one = len(scale), (1, 1)
-            one_each = graph.constant(Tensor(scale.reshape(c, 1, 1, 1)))
-            settings = {"stride": one, "padding": (0, 0), "dilation": one, "groups": c}
+        if step.op != "scale_shift" or len(step.shape) != 4:
+            continue
+        x, scale, shift = step.inputs
+        if scale in graph.constants and shift in graph.constants:
+            w = graph.constants[scale].reshape(-1, 1, 1, 1)
+            settings = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": len(w)}
             graph.steps[i] = replace(
-                step,
-                op="conv2d",
-                inputs=(step.inputs[0], one_each, step.inputs[2]),
-                settings=settings,
+                step, op="conv2d", inputs=(x, graph.constant(w), shift), settings=settings
             )
     return graph
 

@@ -101,7 +101,7 @@ def test_recurrent_networks_of_pytorch(kind: Any, how: Any, tmp_path: Path) -> N
     """Whose states to start from are computed from the batch's size; also traced."""
     torch.manual_seed(0)
     model = Words(getattr(torch.nn, kind.__name__), **how).eval()
-    some, x = (torch.from_numpy(words(n).numpy()) for n in (2, 5))
+    some, x = (torch.tensor(words(n).numpy()) for n in (2, 5))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
