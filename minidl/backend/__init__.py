@@ -5,6 +5,7 @@ A device is named as PyTorch names it: "cpu", "cuda", "cuda:1".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -146,6 +147,20 @@ def to_device(array: Any, device: str, non_blocking: bool = False) -> Any:
         if here == "cpu":
             return cupy().asarray(array, blocking=not non_blocking)
         return array if array.device.id == index else cupy().array(array)
+
+
+def empty(shape: Sequence[int], dtype: Any, device: str) -> Any:
+    """An array on a device, whatever is in it.
+
+    Raises:
+        ValueError: unknown device name.
+        RuntimeError: no CuPy, or no such GPU.
+    """
+    kind, index = parse_device(device)
+    if kind == "cpu":
+        return np.empty(tuple(shape), dtype)
+    with gpu(index):
+        return cupy().empty(tuple(shape), dtype)
 
 
 def pinned(array: np.ndarray) -> np.ndarray:

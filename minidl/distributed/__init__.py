@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 from minidl.distributed import launch
 from minidl.distributed.communicator import CommunicationError, Communicator, Work
@@ -63,12 +64,22 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_
 _world: Communicator | None = None
 
 
-def init(check: bool | None = None, timeout: float = 1800, patience: float = 2.0) -> Communicator:
+def init(
+    backend: str | None = None,
+    check: bool | None = None,
+    timeout: float = 1800,
+    patience: float = 2.0,
+) -> Communicator:
     """Join the other ranks: those that mpirun started, or none. Once is enough, more do no harm.
 
-    Under mpirun, an exception that nobody catches ends all ranks from here on.
+    Under mpirun, an exception that nobody catches ends all ranks from here on. Where there are
+    GPUs, each rank takes one (`minidl.cuda.set_device_by_rank`), and rank 0 says by what their
+    arrays will be added up.
 
     Args:
+        backend: "nccl" or "mpi": how sums over arrays of GPUs are made, directly or through the
+            host's memory. None: NCCL, where each rank has a GPU of its own.
+            (``MINIDL_DIST_BACKEND`` chooses from outside.) Arrays of the host go by MPI always.
         check: compare the calls of all ranks, and find ranks that wait for one another. False (or
             ``MINIDL_DIST_CHECK=0``) saves two small messages a call.
         timeout: seconds that a call may wait for other ranks.
@@ -78,13 +89,19 @@ def init(check: bool | None = None, timeout: float = 1800, patience: float = 2.0
         The communicator of all ranks.
 
     Raises:
-        RuntimeError: mpirun started several ranks, but mpi4py is not installed.
+        RuntimeError: mpirun started several ranks, but mpi4py is not installed, or belongs to
+            another MPI; there shall be NCCL, and cannot.
+        ValueError: an unknown backend.
     """
     global _world
+    backend = backend or os.environ.get("MINIDL_DIST_BACKEND") or None
+    if backend not in (None, "nccl", "mpi"):
+        raise ValueError(f"backend is 'nccl', 'mpi' or None, got {backend!r}")
     if (simulated := getattr(here, "communicator", None)) is not None:
         return simulated
     if _world is None:
         several = any(os.environ.get(name, "1") not in ("", "1") for name in SIZES)
+        rebuilt = os.environ.get("MINIDL_ON_FAILURE") in ("shrink", "respawn")
         several |= os.environ.get("MINIDL_ON_FAILURE") == "respawn"  # one may be spawned by others
         if not several:
             _world = SimulatedCommunicator(Simulation(1), [0], 0, ())
@@ -94,11 +111,19 @@ def init(check: bool | None = None, timeout: float = 1800, patience: float = 2.0
                 "another: pip install 'minidl[mpi]' (or mpi4py for the MPI that you have)"
             )
         else:
-            from minidl.distributed.mpi import world
+            from minidl.distributed.mpi import MPICommunicator, world
 
             if check is None:
                 check = os.environ.get("MINIDL_DIST_CHECK", "1") != "0"
-            _world = world(check, timeout, patience)
+            kind, why = MPICommunicator, ""
+            # (What is rebuilt after the loss of a rank is MPI's: `ulfm.py`.)
+            if backend != "mpi" and not rebuilt:
+                from minidl.distributed.nccl import choose
+
+                kind, why = choose(backend)
+            _world = world(check, timeout, patience, kind)
+            if why and _world.rank == 0:
+                print(f"minidl: arrays of GPUs are added up by {why}", file=sys.stderr)
         launch.report(_world.rank, _world.world_size)
     return _world
 

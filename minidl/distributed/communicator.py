@@ -13,14 +13,17 @@ So each call carries its description (`Call`), and a disagreement is an error th
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from minidl import backend
 from minidl.autograd import written
 from minidl.tensor import Tensor
 
@@ -38,7 +41,7 @@ class Call(NamedTuple):
     name: str
     argument: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # and where the array lies
     where: str  # file:line of the user's call
 
     def agrees(self, other: Call) -> bool:
@@ -91,8 +94,9 @@ class Work:
 class Communicator:
     """The ranks 0 .. world_size - 1, and what they can do together.
 
-    Arrays are NumPy's, or Tensors on the CPU. With ``async_op=True`` a call returns a `Work` at
-    once, and goes on while the program does.
+    Arrays are NumPy's or CuPy's, or Tensors; what comes is where x is, in the host's memory or on
+    this rank's GPU. With ``async_op=True`` a call returns a `Work` at once, and goes on while the
+    program does.
 
     Attributes:
         rank: which one this is.
@@ -132,6 +136,22 @@ class Communicator:
         """Put the x of rank `root` in place of every rank's. Returns x."""
         self._check_rank(root)
         return self._collective("broadcast", f"root={root}", in_place(x), async_op, x)
+
+    def broadcast_all(self, arrays: Sequence[Any], root: int = 0) -> None:
+        """Put several arrays of rank `root` in place of every rank's, in one message.
+
+        (All of them in the host's memory, or all on one GPU.)
+        """
+        targets = [in_place(x) for x in arrays]
+        if not targets:
+            return
+        xp = backend.array_module(targets[0])
+        everything = xp.concatenate([as_bytes(x) for x in targets])
+        self.broadcast(everything, root)
+        if self.rank != root:
+            ends = np.cumsum([x.nbytes for x in targets])
+            for x, end in zip(targets, ends):
+                as_bytes(x)[...] = everything[end - x.nbytes : end]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -215,7 +235,9 @@ class Communicator:
 def describe(number: int, name: str, argument: str, array: Any) -> Call:
     if array is None:
         return Call(number, name, argument, (), "", where())
-    return Call(number, name, argument, array.shape, array.dtype.name, where())
+    # A message may come from a GPU and go to the host; but all call NCCL, or none does.
+    kind = array.dtype.name + " on a GPU" * (number > 0 and on_gpu(array))
+    return Call(number, name, argument, array.shape, kind, where())
 
 
 def check_op(op: str) -> None:
@@ -223,20 +245,31 @@ def check_op(op: str) -> None:
         raise ValueError(f"op is one of {', '.join(REDUCTIONS)}, got {op!r}")
 
 
-def readable(x: Any) -> np.ndarray:
+def on_gpu(array: Any) -> bool:
+    """Whether it is an array of CuPy's."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
+def as_bytes(array: Any) -> Any:
+    return array.reshape(-1).view(np.uint8)
+
+
+def readable(x: Any) -> Any:
     """x as an array in one piece, copied if it must be.
 
     Raises:
-        TypeError: not an array or Tensor; on a GPU.
+        TypeError: not an array or Tensor.
     """
     array = x.array if isinstance(x, Tensor) else x
+    if on_gpu(array):
+        return backend.cupy().asarray(array, order="C")
     if not isinstance(array, np.ndarray | np.generic):
-        kind = f"a Tensor on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"ranks exchange NumPy arrays and Tensors on the CPU, got {kind}")
+        raise TypeError(f"ranks exchange arrays (NumPy, CuPy) and Tensors, got {type(x).__name__}")
     return np.asarray(array, order="C")
 
 
-def in_place(x: Any) -> np.ndarray:
+def in_place(x: Any) -> Any:
     """x as an array to be written to.
 
     Raises:
@@ -244,15 +277,15 @@ def in_place(x: Any) -> np.ndarray:
         ValueError: its memory is not in one piece, or read-only.
     """
     array = x.array if isinstance(x, Tensor) else x
-    if isinstance(array, np.ndarray):
-        if not array.flags.c_contiguous or not array.flags.writeable:
+    if isinstance(array, np.generic):
+        raise TypeError(f"the result is written to the array itself, got {type(x).__name__}")
+    if isinstance(array, np.ndarray) or on_gpu(array):
+        if not array.flags.c_contiguous or not getattr(array.flags, "writeable", True):
             raise ValueError(
                 f"the result is written to the array of shape {array.shape} itself: it must be "
                 "writeable and contiguous (np.ascontiguousarray(x) makes a copy that is)"
             )
         written(array)
-    elif isinstance(array, np.generic):
-        raise TypeError(f"the result is written to the array itself, got {type(x).__name__}")
     return readable(x)
 
 
@@ -265,8 +298,8 @@ def tree_sum(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0]
 
 
-REDUCTIONS = {
+REDUCTIONS: dict[str, Callable[[list[Any]], Any]] = {
     "sum": tree_sum,
-    "max": lambda arrays: np.max(arrays, axis=0),
-    "min": lambda arrays: np.min(arrays, axis=0),
+    "max": functools.partial(functools.reduce, np.maximum),
+    "min": functools.partial(functools.reduce, np.minimum),
 }

@@ -40,7 +40,6 @@ class Bucket:
         flat: all of them, in their order; of float16 in float32, in which sums do not overflow.
         views: a view of `flat` for each, with its parameter's shape.
         missing: how many of them the backward pass under way has not made yet.
-        host: what the ranks exchange: `flat`, or its copy on the CPU.
         work: the sum, when it is on its way.
     """
 
@@ -55,18 +54,14 @@ class Bucket:
             for i, size, end in zip(numbers, sizes, np.cumsum(sizes))
         ]
         self.missing = len(numbers)
-        self.host = self.flat
         self.work: Work | None = None
 
     def send(self, communicator: Communicator) -> None:
-        self.host = backend.to_device(self.flat, "cpu")
-        self.work = communicator.allreduce(self.host, async_op=True)
+        self.work = communicator.allreduce(self.flat, async_op=True)
 
     def receive(self) -> None:
         assert self.work is not None
         self.work.wait()
-        if self.host is not self.flat:
-            self.flat[...] = backend.to_device(self.host, backend.device_name(self.flat))
 
 
 class DataParallel(Module):
@@ -80,10 +75,10 @@ class DataParallel(Module):
 
     After each `backward()`, `.grad` is the same on all ranks: that of the mean over all samples, as
     if one process had had the whole batch. (For 2 and 4 ranks it has the bits of one process that
-    adds the parts' n_r g_r up pairwise.) How many samples a rank had is the first dimension of the
-    network's first input. All ranks must call it and `backward()` equally often; which of the
-    parameters they use is their affair, and what none has used has no gradient. (`minidl.grad` adds
-    nothing up: it gives this rank's own.)
+    adds the parts' n_r g_r up pairwise; but NCCL has an order of its own.) How many samples a rank
+    had is the first dimension of the network's first input. All ranks must call it and `backward()`
+    equally often; which of the parameters they use is their affair, and what none has used has no
+    gradient. (`minidl.grad` adds nothing up: it gives this rank's own.)
 
     At the start all ranks get rank 0's parameters and buffers, and from then on random numbers of
     their own: calls of rank r count from r · 2⁴⁰ on (`minidl.backend.random`). Alone, with one
@@ -224,7 +219,7 @@ class DataParallel(Module):
         for bucket in self.buckets:
             bucket.missing = len(bucket.numbers)
         self.sent = 0
-        self.finite = True
+        self.finite: list[Any] = []  # of each bucket; a GPU's answers are waited for at the end
         after_backward(self._finish)
 
     def _send(self, full: bool) -> None:
@@ -236,8 +231,8 @@ class DataParallel(Module):
             for i, view in zip(bucket.numbers, bucket.views):
                 if not self.used[i]:
                     view[...] = 0
-            if self.check_finite and not finite(bucket.flat):
-                self.finite = False
+            if self.check_finite:
+                self.finite.append(finite(bucket.flat))
             bucket.send(self.communicator)
             self.sent += 1
 
@@ -255,7 +250,7 @@ class DataParallel(Module):
         ranks, rank = self.communicator.world_size, self.communicator.rank
         word = np.zeros(4 * ranks + len(self.learned))
         rows = word[: 4 * ranks].reshape(ranks, 4)
-        rows[rank] = self.samples, self.passes, self.calls, not self.finite
+        rows[rank] = self.samples, self.passes, self.calls, not all(self.finite)
         word[4 * ranks :] = self.used
         self.communicator.allreduce(word)
         for bucket in self.buckets:
@@ -343,25 +338,27 @@ def check_alike(module: Module, communicator: Communicator) -> None:
 
 
 def share(tensors: Iterable[Tensor], communicator: Communicator, root: int = 0) -> None:
-    """Give all ranks the values of rank `root`, in one message."""
-    tensors = list(tensors)
-    arrays = [np.ascontiguousarray(backend.to_device(t.array, "cpu")) for t in tensors]
-    if not arrays:
-        return
-    everything = np.concatenate([a.reshape(-1).view(np.uint8) for a in arrays])
-    communicator.broadcast(everything, root)
-    if communicator.rank == root:
-        return
-    start = 0
-    for t, a in zip(tensors, arrays):
-        piece = everything[start : start + a.nbytes].view(a.dtype).reshape(t.shape)
-        t.array[...] = backend.to_device(piece, t.device)
-        written(t.array)
-        start += a.nbytes
+    """Give all ranks the values of rank `root`, in one message for each device."""
+    devices: dict[str, list[Tensor]] = {}
+    for t in tensors:
+        devices.setdefault(t.device, []).append(t)
+    for together in devices.values():
+        xp = backend.array_module(together[0].array)
+        arrays = [xp.asarray(t.array, order="C") for t in together]
+        communicator.broadcast_all(arrays, root)
+        for t, array in zip(together, arrays):
+            if array is not t.array:  # a copy, in one piece
+                t.array[...] = array
+                written(t.array)
 
 
-def finite(x: Any) -> bool:
-    """Whether all numbers are finite. (The sum of squares says so in one pass, if it is.)"""
+def finite(x: Any) -> Any:
+    """Whether all numbers are finite: a bool; of a GPU's array one there, that is still computed.
+
+    (The sum of squares says so in one pass, if it is.)
+    """
+    if not isinstance(x, np.ndarray):
+        return np.isfinite(x).all()
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(np.vdot(x, x))) or bool(np.isfinite(x).all())
 

@@ -9,11 +9,16 @@ Three things are added to MPI:
 - *Watching.* A rank that waits long says so to all, and hears who else waits. A circle of ranks
   that wait for one another, or for one that has ended, is an error with every rank's place in it;
   also where they wait in calls of different communicators.
+
+Arrays of a GPU go through the host (`staging.py`); messages from one rank to another directly,
+where MPI says that it sees a GPU's memory. (Its asynchronous sums do not on Open MPI, be it
+CUDA-aware or not.)
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import os
 import queue
@@ -25,6 +30,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from minidl import backend
 
 # Open MPI's own choice for Iallreduce sends 2 lg p S bytes (a binomial tree) where ranks are fewer
 # than 4 or the sum is made in place; Rabenseifner's sends 2(p-1)/p S, and adds in the same order.
@@ -38,8 +45,11 @@ from minidl.distributed.communicator import (
     CommunicationError,
     Communicator,
     Work,
+    as_bytes,
     disagreement,
+    on_gpu,
 )
+from minidl.distributed.staging import Staged
 
 AGREE, NOTE, HEADER = 1, 2, 16  # tags of control messages; a message's header adds its own tag
 NATIVE = "bBhHiIlLqQfd"  # dtypes that MPI adds up; the sum of others is made by each rank
@@ -140,6 +150,9 @@ class Watch:
 
 class MPICommunicator(Communicator):
     """
+    Attributes:
+        kind: by what sums of a GPU's arrays go: "mpi", or "nccl".
+
     Args:
         comm: mpi4py's communicator; its duplicates are used, so what you do with it is apart.
         name: tells it from the others of this process, on all its ranks alike.
@@ -147,6 +160,8 @@ class MPICommunicator(Communicator):
         timeout: seconds that a call may wait, whatever the reason.
         patience: seconds of waiting after which a rank tells the others.
     """
+
+    kind = "mpi"
 
     def __init__(
         self, comm: MPI.Comm, check: bool = True, timeout: float = 1800, patience: float = 2.0,
@@ -177,15 +192,25 @@ class MPICommunicator(Communicator):
     def _start(
         self, call: Call, array: Any, peer: int, tag: int, result: Any, async_op: bool
     ) -> Work:
-        if self.failure is not None:
-            raise self.failure
-        watch().posted[self.name] = self.calls
+        self._announce()
         work = MPIWork(self, call, array, peer, tag, result)
         if call.name == "send":
             work.post_send()
         elif call.name == "recv":
             work.post_recv()
-        elif async_op or (self.last is not None and not self.last.over.is_set()):
+        else:
+            self._begin(work, async_op)
+        return work
+
+    def _announce(self) -> None:
+        """Before every call."""
+        if self.failure is not None:
+            raise self.failure
+        watch().posted[self.name] = self.calls
+
+    def _begin(self, work: MPIWork, async_op: bool) -> None:
+        """A collective call: at once, or by the thread."""
+        if async_op or (self.last is not None and not self.last.over.is_set()):
             self.last = work  # to the thread, behind those that it has
             if self.thread is None:
                 self.thread = threading.Thread(target=self._progress, name="MPI", daemon=True)
@@ -194,7 +219,6 @@ class MPICommunicator(Communicator):
         else:
             work.run(self.until)
             work.over.set()
-        return work
 
     def _progress(self) -> None:
         """The polite thread: one collective call at a time, in order."""
@@ -218,7 +242,7 @@ class MPICommunicator(Communicator):
         self.barrier()  # behind all works of the thread; and all ranks are here
         comm = self.data.Split(color, self.rank if key is None else key)
         name = (*self.name, self.calls, color)
-        return MPICommunicator(comm, self.check, self.timeout, self.patience, name)
+        return type(self)(comm, self.check, self.timeout, self.patience, name)
 
     def abort(self, code: int = 1) -> None:
         sys.stdout.flush()
@@ -286,6 +310,17 @@ class MPIWork(Work):
         self.peer, self.tag, self.result = peer, tag, result
         self.over = threading.Event()
         self.requests: list[Any] = []
+        self.staged: Staged | None = None
+        writes = call.name in ("allreduce", "recv") or (
+            call.name == "broadcast" and peer != communicator.rank
+        )
+        self.comes_back = writes  # to the GPU, once it is over
+        if on_gpu(array):
+            if call.name in ("send", "recv") and cuda_aware():
+                backend.cupy().cuda.get_current_stream().synchronize()  # of which MPI knows nothing
+            else:
+                self.staged = Staged(array, down=not writes or call.name == "allreduce")
+                self.array = self.staged.host
 
     def is_completed(self) -> bool:
         if self.requests:
@@ -293,11 +328,20 @@ class MPIWork(Work):
         return self.over.is_set()
 
     def wait(self) -> Any:
+        self.wait_on_host()
+        if self.staged is not None:
+            self.staged.wait()
+            if isinstance(self.result, np.ndarray):  # a new one
+                self.result = backend.to_device(self.result, f"cuda:{self.staged.device}")
+        return self.result
+
+    def wait_on_host(self) -> None:
         c = self.communicator
         if not self.over.is_set():
             if self.call.name == "recv":
                 self.check_header()
                 c.until(self.is_completed, c.status("transfer", self.call))
+                self.copy_back()
             elif self.call.name == "send":
                 c.until(self.is_completed, c.status("send", self.call, self.peer))
             else:
@@ -309,12 +353,17 @@ class MPIWork(Work):
             self.over.set()
         if c.failure is not None:
             raise c.failure
-        return self.result
+
+    def copy_back(self) -> None:
+        if self.staged is not None and self.comes_back:
+            self.staged.up()
 
     # From one rank to another -----------------------------------------------------------------
 
     def post_send(self) -> None:
         c = self.communicator
+        if self.staged is not None:
+            c.until(self.staged.is_copied, c.status("transfer", self.call))
         if c.check:
             self.requests.append(c.control.isend(self.call, self.peer, HEADER + self.tag))
         self.requests.append(c.data.Isend(as_bytes(self.array), self.peer, self.tag))
@@ -351,9 +400,12 @@ class MPIWork(Work):
         status = c.status("collective", self.call)
         if c.check and c.world_size > 1:
             self.agree(until, status)
+        if self.staged is not None:
+            until(self.staged.is_copied, status)
         request, finish = self.begin()
         until(request.Test, status)
         self.result = finish()
+        self.copy_back()
 
     def agree(self, until: Until, status: Status) -> None:
         c = self.communicator
@@ -402,8 +454,19 @@ class MPIWork(Work):
         return request, reduce
 
 
-def as_bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
+@functools.cache
+def cuda_aware() -> bool:
+    """Whether MPI reads and writes a GPU's memory by itself, as it says.
+
+    (``MPIX_Query_cuda_support`` of Open MPI and MPICH; MINIDL_CUDA_AWARE=0 or 1 contradicts it.)
+    """
+    wish = os.environ.get("MINIDL_CUDA_AWARE", "")
+    if wish in ("0", "1"):
+        return wish == "1"
+    try:
+        return bool(ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support())
+    except (OSError, AttributeError):
+        return False
 
 
 # The program's end ----------------------------------------------------------------------------
@@ -419,7 +482,9 @@ def watch() -> Watch:
     return Watch()
 
 
-def world(check: bool, timeout: float, patience: float) -> MPICommunicator:
+def world(
+    check: bool, timeout: float, patience: float, kind: type[MPICommunicator] = MPICommunicator
+) -> MPICommunicator:
     """All ranks that mpirun started. From here on, an uncaught exception on one ends all."""
     global base, settings
     settings = check, timeout, patience
@@ -428,7 +493,7 @@ def world(check: bool, timeout: float, patience: float) -> MPICommunicator:
 
         base = ulfm.join(parent)
     watch()
-    communicator = MPICommunicator(base, *settings)
+    communicator = kind(base, *settings)
     before = sys.excepthook
 
     def end_all(kind: Any, error: Any, traceback: Any) -> None:

@@ -208,7 +208,7 @@ class Pipeline(Module):
                 x, state = self._input(input, m, a, b, random)
                 y, state = self._run(x, state)
                 if self.is_last:
-                    outputs.append(self._host(y.array))
+                    outputs.append(backend.to_device(y.array, "cpu"))
                 else:
                     self._send_activation(y, state)
         self._finish(random, len(bounds))
@@ -217,10 +217,11 @@ class Pipeline(Module):
         if whole is not None:
             header = described(whole, random)
         last = self.stages - 1
-        array, _ = empty_like_described(self.communicator.broadcast(header, root=last))
+        array, _ = empty_like_described(self.communicator.broadcast(header, root=last), "cpu")
         if whole is not None:
             array[...] = whole
-        return self._tensor(self.communicator.broadcast(array, root=last))
+        self.communicator.broadcast(array, root=last)
+        return Tensor(backend.to_device(array, self._device()))
 
     def timeline(self) -> list[Event]:
         """What all stages did in the last step (all ranks call it). See `timeline.draw`."""
@@ -274,8 +275,8 @@ class Pipeline(Module):
         if self.is_first:
             return input[a:b], {**random, "calls": random["calls"] + m * STREAM}
         header = self.communicator.recv(np.zeros(HEADER, np.int64), self.index - 1)
-        array, state = empty_like_described(header)
-        x = self._tensor(self.communicator.recv(array, self.index - 1))
+        array, state = empty_like_described(header, self._device())
+        x = Tensor(self.communicator.recv(array, self.index - 1))
         return x.requires_grad_(), state
 
     def _run(self, x: Tensor, state: dict[str, int]) -> tuple[Tensor, dict[str, int]]:
@@ -313,23 +314,20 @@ class Pipeline(Module):
             p.grad = None
         return before
 
-    def _add_up(self, before: list[tuple[Tensor, Tensor | None]], total: np.ndarray) -> None:
+    def _add_up(self, before: list[tuple[Tensor, Tensor | None]], total: Any) -> None:
         """Sum over `data`: each rank has weighted its losses by 1 / the number of all samples."""
         if self.data is None:
             return
         sums = [total]
         for p, _ in before:
-            g = (
-                backend.array_module(p.array).zeros_like(p.array)
-                if p.grad is None
-                else p.grad.array
-            )
-            sums.append(np.array(self._host(g), order="C"))
+            xp = backend.array_module(p.array)
+            g = xp.zeros_like(p.array) if p.grad is None else p.grad.array
+            sums.append(xp.array(g, order="C"))
         works = [self.data.allreduce(array, async_op=True) for array in sums]
         for work in works:
             work.wait()
         for (p, old), array in zip(before, sums[1:]):
-            g = Tensor(backend.to_device(array, str(p.device)))
+            g = Tensor(array)
             p.grad = g if old is None else old + g
 
     # Between ranks ------------------------------------------------------------------------------
@@ -342,18 +340,15 @@ class Pipeline(Module):
         """Send without waiting; one message to each neighbour may be under way."""
         if dest in self._sent:
             self._sent[dest].wait()
-        self._sent[dest] = self.communicator.send(self._host(array), dest, async_op=True)
+        self._sent[dest] = self.communicator.send(array, dest, async_op=True)
 
     def _received(self, like: Tensor, source: int) -> Tensor:
-        return self._tensor(self.communicator.recv(np.empty(like.shape, like.dtype), source))
+        array = backend.empty(like.shape, like.dtype, like.device)
+        return Tensor(self.communicator.recv(array, source))
 
-    def _host(self, array: Any) -> np.ndarray:
-        return backend.to_device(array, "cpu")
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        """An array that came, where this stage's parameters are."""
-        device = next((str(p.device) for p in self.stage.parameters()), "cpu")
-        return Tensor(backend.to_device(array, device))
+    def _device(self) -> str:
+        """Where this stage's parameters are, and what comes shall be."""
+        return next((p.device for p in self.stage.parameters()), "cpu")
 
 
 # An activation's shape and dtype go ahead of it, since the last micro-batches may be smaller, with
@@ -368,9 +363,10 @@ def described(array: Any, random: dict[str, int]) -> np.ndarray:
     return header
 
 
-def empty_like_described(header: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+def empty_like_described(header: np.ndarray, device: str) -> tuple[Any, dict[str, int]]:
     seed, calls, dtype, ndim, *shape = header.tolist()
-    return np.empty(shape[:ndim], DTYPES[dtype]), {"seed": seed, "calls": calls}
+    array = backend.empty(shape[:ndim], DTYPES[dtype], device)
+    return array, {"seed": seed, "calls": calls}
 
 
 # Cutting a network ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from minidl import backend
 from minidl.backend.random import default_generator
 from minidl.distributed.communicator import (
     REDUCTIONS,
@@ -99,6 +100,15 @@ def simulate(
     return results
 
 
+def copy_on_host(array: Any) -> np.ndarray:
+    return np.array(backend.to_device(array, "cpu"))
+
+
+def to_where(array: Any, values: np.ndarray) -> Any:
+    """Values from the host, where an array is."""
+    return backend.to_device(values, backend.device_name(array))
+
+
 class Cancelled(BaseException):
     """Raised in ranks that wait, after another one failed."""
 
@@ -108,7 +118,7 @@ class Meeting:
 
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
-        self.arrays: dict[int, np.ndarray] = {}
+        self.arrays: dict[int, Any] = {}
         self.left = 0
         self.step = 0  # of the last to come
         self.total: np.ndarray | None = None
@@ -244,20 +254,23 @@ class SimulatedCommunicator(Communicator):
             if not call.agrees(theirs):
                 raise disagreement(other, theirs, self.rank, call)
         meeting.calls[self.rank] = call
-        meeting.arrays[self.rank] = np.array(() if array is None else array)  # a copy: it goes on
+        meeting.arrays[self.rank] = copy_on_host(
+            np.zeros(0) if array is None else array
+        )  # it goes on
         meeting.step = max(meeting.step, self._say(call, meeting.arrays[self.rank], None))
 
         def finish() -> Any:
             made = result
             if call.name == "allreduce":
-                array[...] = meeting.reduced(call.argument)
+                array[...] = to_where(array, meeting.reduced(call.argument))
             elif call.name == "broadcast":
-                array[...] = meeting.arrays[root]
+                array[...] = to_where(array, meeting.arrays[root])
             elif call.name == "reduce_scatter":
                 parts = np.split(meeting.reduced(call.argument), self.world_size)
-                made = parts[self.rank].copy()
+                made = to_where(array, parts[self.rank].copy())
             elif call.name == "all_gather":
-                made = np.stack([meeting.arrays[r] for r in range(self.world_size)])
+                rows = np.stack([meeting.arrays[r] for r in range(self.world_size)])
+                made = to_where(array, rows)
             self._hear(meeting.step)
             meeting.left += 1
             if meeting.left == self.world_size:
@@ -270,8 +283,9 @@ class SimulatedCommunicator(Communicator):
         return self.simulation.mailboxes.setdefault((self.name, source, dest, tag), Mailbox())
 
     def _send(self, call: Call, array: Any, dest: int, tag: int, result: Any) -> Work:
-        step = self._say(call, array, self.members[dest])
-        self._mailbox(self.rank, dest, tag).sent.append((call, array.copy(), step))
+        values = copy_on_host(array)
+        step = self._say(call, values, self.members[dest])
+        self._mailbox(self.rank, dest, tag).sent.append((call, values, step))
         return SimulatedWork(self, call, lambda: True, lambda: result)
 
     def _recv(self, call: Call, array: Any, source: int, tag: int, result: Any) -> Work:
@@ -284,7 +298,7 @@ class SimulatedCommunicator(Communicator):
             theirs, values, step = message
             if (call.shape, call.dtype) != (theirs.shape, theirs.dtype):
                 raise disagreement(self.rank, call, source, theirs)
-            array[...] = values
+            array[...] = to_where(array, values)
             box.sent[number] = None
             self._hear(step)
             return result
@@ -295,7 +309,7 @@ class SimulatedCommunicator(Communicator):
         """Record a message. Returns its step."""
         step = self.simulation.clocks[self.id]
         if self.simulation.trace is not None:
-            said = Message(self.id, dest, np.array(array), call.where, step, call.name)
+            said = Message(self.id, dest, array.copy(), call.where, step, call.name)
             self.simulation.trace.append(said)
         return step
 

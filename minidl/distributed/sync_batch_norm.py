@@ -32,8 +32,7 @@ def sum_over_ranks(x: Any, *, samples: int, communicator: Communicator | None = 
     """
     if communicator is None:
         return x.copy()
-    total = np.array(backend.to_device(x, "cpu"), order="C")
-    return backend.to_device(communicator.allreduce(total), backend.device_name(x))
+    return communicator.allreduce(backend.array_module(x).array(x, order="C"))
 
 
 @sum_over_ranks.gradient

@@ -60,8 +60,8 @@ def _(g, *, communicator):  # type: ignore[no-untyped-def]
 @op
 def reduce_from_ranks(x: Any, *, communicator: Communicator) -> Any:
     """g: the sum over all ranks."""
-    total = np.array(backend.to_device(x, "cpu"), order="C")  # a copy: the sum is made in place
-    return backend.to_device(communicator.allreduce(total), backend.device_name(x))
+    total = backend.array_module(x).array(x, order="C")  # a copy: the sum is made in place
+    return communicator.allreduce(total)
 
 
 @reduce_from_ranks.gradient
@@ -87,8 +87,8 @@ def _(g, *, dim, communicator):  # type: ignore[no-untyped-def]
 @op
 def gather_from_ranks(x: Any, *, dim: int, communicator: Communicator) -> Any:
     """All ranks' parts, one behind the other: (..., n / p, ...) -> (..., n, ...)."""
-    parts = communicator.all_gather(backend.to_device(x, "cpu"))
-    return backend.to_device(np.concatenate(parts, axis=dim), backend.device_name(x))
+    parts = communicator.all_gather(x)
+    return backend.array_module(x).concatenate(list(parts), axis=dim)
 
 
 @gather_from_ranks.gradient

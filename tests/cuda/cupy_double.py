@@ -12,13 +12,16 @@ device than the current one. What it refuses, CuPy refuses in nearly the same wo
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -30,11 +33,56 @@ DEVICES = 2
 HOST_RESULTS = {"shape", "ndim", "size", "result_type", "broadcast_shapes", "can_cast"}
 CONVERTERS = {"array", "asarray", "ascontiguousarray", "asfortranarray", "asanyarray"}
 
-current_device = 0
-
 
 class Refused(TypeError):
     """What CuPy would not do either (or would do wrongly, in silence)."""
+
+
+class Here(threading.local):
+    """What each thread has of its own: its device and its streams."""
+
+    def __init__(self) -> None:
+        self.device = 0
+        self.streams: list[Stream] = []
+
+    @property
+    def stream(self) -> Stream:
+        return self.streams[-1] if self.streams else NULL
+
+
+here = Here()
+
+# Which stream has written to a piece of memory last, and when. What another stream, or the host,
+# does with it must come after an event that was recorded later and waited for.
+
+writes: dict[int, tuple[Stream, int, int]] = {}  # address: stream, time, bytes
+clock = itertools.count(1)
+
+
+def owner(memory: np.ndarray) -> np.ndarray:
+    while isinstance(memory.base, np.ndarray):
+        memory = memory.base
+    return memory
+
+
+def address(memory: np.ndarray) -> int:
+    return int(memory.__array_interface__["data"][0])
+
+
+def wrote(memory: np.ndarray, stream: Stream | None = None) -> None:
+    whole = owner(memory)
+    writes[address(whole)] = (stream or here.stream, next(clock), whole.nbytes)
+
+
+def check_written(memory: np.ndarray, stream: Stream | None = None) -> None:
+    """Refuse to read what may still be written."""
+    stream = stream or here.stream
+    by, moment, _ = writes.get(address(owner(memory)), (stream, 0, 0))
+    if by is not stream and max(stream.knows.get(by, 0), HOST.get(by, 0)) < moment:
+        raise Refused(
+            f"{by} may still be writing this memory, and {stream} has not waited for it: "
+            "wait_event(an event recorded after that)"
+        )
 
 
 # Arrays -----------------------------------------------------------------------------------
@@ -43,7 +91,9 @@ class Refused(TypeError):
 def wrap(x: Any) -> Any:
     """What NumPy computed, as what CuPy would have returned: its scalars are arrays there."""
     if isinstance(x, np.ndarray | np.generic):
-        return ndarray(np.asarray(x), current_device)
+        memory = np.asarray(x)
+        wrote(memory)
+        return ndarray(memory, here.device)
     if isinstance(x, tuple | list):
         return type(x)(map(wrap, x))
     return x
@@ -52,11 +102,12 @@ def wrap(x: Any) -> Any:
 def unwrap(x: Any) -> Any:
     """The memory of a device array, for a computation on the current device."""
     if isinstance(x, ndarray):
-        if x._device != current_device:
+        if x._device != here.device:
             raise ValueError(
                 "Array device must be same as the current device: array device = "
-                f"{x._device} while current = {current_device}"
+                f"{x._device} while current = {here.device}"
             )
+        check_written(x._memory)
         return x._memory
     if isinstance(x, np.ndarray):
         raise Refused("Unsupported type <class 'numpy.ndarray'>")
@@ -82,7 +133,10 @@ def call(name: str, function: Callable[..., Any], allowed: Any, args: Any, kwarg
     if name in HOST_RESULTS:
         return function(*map(bare, args), **kwargs)
     result = function(*map(unwrap, args), **{k: unwrap(v) for k, v in kwargs.items()})
-    return wrap(result) if out is None else out
+    if out is None:
+        return wrap(result)
+    wrote(out._memory)
+    return out
 
 
 def bare(x: Any) -> Any:
@@ -198,6 +252,10 @@ class ndarray:
     def get(
         self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True
     ) -> Any:
+        stream = stream or here.stream
+        check_written(self._memory, stream)
+        if blocking:
+            stream.synchronize()
         if out is None:
             return self._memory.copy()
         if not isinstance(out, np.ndarray):
@@ -213,21 +271,22 @@ class ndarray:
         if arr.dtype != self.dtype or arr.shape != self.shape:
             raise ValueError(f"{arr.dtype}{arr.shape} array to {self.dtype}{self.shape} array")
         self._memory[...] = arr
+        wrote(self._memory, stream)
 
     def item(self, *args: Any) -> Any:
-        return self._memory.item(*args)
+        return self.get().item(*args)
 
     def tolist(self) -> Any:
-        return self._memory.tolist()
+        return self.get().tolist()
 
     def __bool__(self) -> bool:
-        return bool(self._memory)
+        return bool(self.get())
 
     def __int__(self) -> int:
-        return int(self._memory)
+        return int(self.get())
 
     def __float__(self) -> float:
-        return float(self._memory)
+        return float(self.get())
 
     # Elements -------------------------------------------------------------------------------
 
@@ -246,9 +305,11 @@ class ndarray:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._memory[self._index(index)] = unwrap(value)
+        wrote(self._memory)
 
     def fill(self, value: Any) -> None:
         self._memory.fill(unwrap(value))
+        wrote(self._memory)
 
     # Arithmetic -----------------------------------------------------------------------------
 
@@ -262,6 +323,7 @@ class ndarray:
             return NotImplemented
         result = getattr(unwrap(self), name)(*map(unwrap, others))
         if name.startswith("__i") and name not in ("__invert__",):
+            wrote(self._memory)
             return self
         return result if result is NotImplemented else wrap(result)
 
@@ -300,7 +362,7 @@ class Device:
     """``cupy.cuda.Device``."""
 
     def __init__(self, device: int | None = None) -> None:
-        self.id = current_device if device is None else int(device)
+        self.id = here.device if device is None else int(device)
         self._before: list[int] = []
 
     def __int__(self) -> int:
@@ -313,45 +375,69 @@ class Device:
         return self.id
 
     def use(self) -> None:
-        global current_device
-        if not 0 <= self.id < DEVICES:
+        if not 0 <= self.id < devices_here:
             raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
-        current_device = self.id
+        here.device = self.id
 
     def __enter__(self) -> Device:
-        self._before.append(current_device)
+        self._before.append(here.device)
         self.use()
         return self
 
     def __exit__(self, *_: object) -> None:
-        global current_device
-        current_device = self._before.pop()
+        here.device = self._before.pop()
 
     def synchronize(self) -> None:
-        pass
+        for stream in list(streams.values()):
+            stream.synchronize()
+
+
+class Pending:
+    """Work that a stream has not done yet: NCCL's, which waits for other processes."""
+
+    def step(self) -> bool:
+        """Go on, if possible; whether it is done."""
+        raise NotImplementedError
 
 
 class Stream:
-    """``cupy.cuda.Stream``: work is done at once, in whichever order it is asked for."""
+    """``cupy.cuda.Stream``: work is done at once, in whichever order it is asked for.
 
-    stack: ClassVar[list[Stream]] = []
+    (But for `Pending` work, which a thread goes on with. Who has waited for what is recorded.)
+    """
 
     def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False) -> None:
-        self.ptr, self.device_id = 0, current_device
+        self.ptr = 0 if null else next(clock)
+        self.device_id = here.device if streams else 0
+        self.knows: dict[Stream, int] = {}  # up to when it has waited for each of the others
+        self.pending: list[Pending] = []
+        self.lock = threading.RLock()
+        streams[self.ptr] = self
+
+    def __repr__(self) -> str:
+        return f"stream {self.ptr}"
 
     def __enter__(self) -> Stream:
-        Stream.stack.append(self)
+        here.streams.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        Stream.stack.pop()
+        here.streams.pop()
+
+    def progress(self) -> None:
+        with self.lock:
+            while self.pending and self.pending[0].step():
+                self.pending.pop(0)
 
     def synchronize(self) -> None:
-        pass
+        self.record().synchronize()
 
     def wait_event(self, event: Event) -> None:
         if not event.recorded:
             raise CUDARuntimeError("the event was never recorded")
+        event.wait()
+        for stream, moment in event.knows.items():
+            self.knows[stream] = max(self.knows.get(stream, 0), moment)
 
     def record(self, event: Event | None = None) -> Event:
         event = event or Event()
@@ -364,18 +450,39 @@ class Event:
 
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
         self.recorded, self.time = False, 0.0
+        self.knows: dict[Stream, int] = {}
+        self.stream, self.pending = NULL, list[Pending]()
 
     def record(self, stream: Stream | None = None) -> None:
-        import time
-
+        self.stream = stream = stream or here.stream
         self.recorded, self.time = True, time.perf_counter()
+        self.knows = {**stream.knows, stream: next(clock)}
+        with stream.lock:
+            self.pending = list(stream.pending)
+
+    def wait(self) -> None:
+        limit = time.monotonic() + 30
+        while not self.done:
+            if time.monotonic() > limit:
+                raise Refused(f"this would hang: {self.pending[0]} never comes to its end")
+            time.sleep(1e-3)
 
     def synchronize(self) -> None:
-        pass
+        self.wait()
+        for stream, moment in self.knows.items():
+            HOST[stream] = max(HOST.get(stream, 0), moment)
 
     @property
     def done(self) -> bool:
-        return self.recorded
+        self.stream.progress()
+        with self.stream.lock:
+            return self.recorded and not any(p in self.stream.pending for p in self.pending)
+
+
+streams: dict[int, Stream] = {}
+HOST: dict[Stream, int] = {}  # up to when the host has waited for each stream
+NULL = Stream(null=True)
+devices_here = DEVICES
 
 
 class MemoryPool:
@@ -421,6 +528,9 @@ class RawKernel:
 
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
         self.kernel(grid, block, tuple(map(unwrap, args)), shared_mem)
+        for x in args:  # which of them it has written to, nobody says
+            if isinstance(x, ndarray):
+                wrote(x._memory)
 
 
 # The modules ------------------------------------------------------------------------------
@@ -439,7 +549,7 @@ def named(name: str) -> Callable[..., Any]:
             memory = function(source._memory if on_device else source, *rest, **kwargs)
             if not on_device and memory is source:
                 memory = memory.copy()
-            same = on_device and source._device == current_device and memory is source._memory
+            same = on_device and source._device == here.device and memory is source._memory
             return source if same else wrap(memory)
         return call(name, function, allowed, args, kwargs)
 
@@ -470,6 +580,7 @@ def modules(devices: int) -> dict[str, types.ModuleType]:
         CUDARuntimeError=CUDARuntimeError,
         getDeviceCount=count,
         getDeviceProperties=lambda i: {"name": b"a double", "major": 8, "minor": 0},
+        deviceGetPCIBusId=lambda i: f"0000:{i:02X}:00.0",
         runtimeGetVersion=lambda: 13000,
         driverGetVersion=lambda: 13000,
     )
@@ -477,7 +588,7 @@ def modules(devices: int) -> dict[str, types.ModuleType]:
     for name, value in {
         "Device": Device, "Stream": Stream, "Event": Event, "runtime": runtime,
         "get_elapsed_time": lambda a, b: (b.time - a.time) * 1e3,
-        "get_current_stream": lambda: Stream.stack[-1] if Stream.stack else Stream(null=True),
+        "get_current_stream": lambda: here.stream,
         "alloc_pinned_memory": lambda size: memoryview(bytearray(size)),
     }.items():  # fmt: skip
         setattr(cuda, name, value)
@@ -501,8 +612,11 @@ def modules(devices: int) -> dict[str, types.ModuleType]:
     special.erf = lambda x: wrap(erf(unwrap(x)))  # type: ignore[attr-defined]
     scipy.special, cupyx.scipy = special, scipy  # type: ignore[attr-defined]
     cupyx.empty_pinned = np.empty  # type: ignore[attr-defined]
+    nccl = types.ModuleType("cupy.cuda.nccl")  # no attribute of cupy.cuda before it is imported
+    nccl.available = False  # type: ignore[attr-defined]  # see nccl_double.py
     return {
-        "cupy": cupy, "cupy.cuda": cuda, "cupy.linalg": linalg, "cupyx": cupyx,
+        "cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.nccl": nccl,
+        "cupy.linalg": linalg, "cupyx": cupyx,
         "cupyx.scipy": scipy, "cupyx.scipy.special": special,
     }  # fmt: skip
 
@@ -510,7 +624,8 @@ def modules(devices: int) -> dict[str, types.ModuleType]:
 @contextmanager
 def installed(devices: int = DEVICES) -> Iterator[types.ModuleType]:
     """``import cupy`` finds the double in here; with 0 devices, a CuPy that sees no GPU."""
-    made = modules(devices)
+    global devices_here
+    made, devices_here = modules(devices), devices
     before = {name: sys.modules.get(name) for name in made}
     sys.modules.update(made)
     cuda_kernels.load.cache_clear()
@@ -518,6 +633,7 @@ def installed(devices: int = DEVICES) -> Iterator[types.ModuleType]:
         yield made["cupy"]
     finally:
         cuda_kernels.load.cache_clear()
+        devices_here = DEVICES
         for name, module in before.items():
             if module is None:
                 del sys.modules[name]

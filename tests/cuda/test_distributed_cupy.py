@@ -3,8 +3,6 @@ what is exchanged goes through the host."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -13,7 +11,7 @@ import minidl.nn.functional as F
 from minidl import distributed as dist
 from minidl import nn, optim
 from minidl.distributed import mapreduce
-from minidl.tensor import Tensor
+from tests.cuda.ranks import learn
 from tests.cuda.test_cupy import cupy  # noqa: F401  (a fixture)
 
 
@@ -69,24 +67,6 @@ def test_map_tasks_on_a_gpu_give_the_sums_of_the_cpu():
         assert all(type(s) is np.ndarray for s in ours.sums.values())
         for name, s in theirs.sums.items():
             np.testing.assert_allclose(ours.sums[name], s, rtol=1e-5, atol=1e-5)
-
-
-def learn(device: str, steps: int = 3) -> list[Any]:
-    """Data parallel, with synchronised batch norm and sharded optimizer state."""
-    ranks = dist.init()
-    minidl.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).to(device)
-    model = dist.DataParallel(dist.SyncBatchNorm.convert_sync_batchnorm(net), bucket_cap_mb=1e-4)
-    optimizer = dist.ZeroRedundancyOptimizer(model.parameters(), optim.SGD, lr=0.1, momentum=0.9)
-    rng = np.random.default_rng(0)
-    for _ in range(steps):
-        x = Tensor(rng.normal(size=(5, 6)).astype(np.float32)[ranks.rank :: ranks.world_size])
-        optimizer.zero_grad()
-        with model.no_sync():
-            (model(x.to(device)) ** 2).mean().backward()
-        (model(x.to(device)) ** 2).mean().backward()
-        optimizer.step()
-    return [t.cpu().array for t in net.state_dict().values()]
 
 
 def test_data_parallel() -> None:
