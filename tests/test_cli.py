@@ -244,7 +244,7 @@ def test_doctor_on_the_gpu(tmp_path, monkeypatch, gpus, driver):
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     which = shutil.which
     nvidia = {"nvidia-smi": "/usr/bin/nvidia-smi" if driver else None}
-    monkeypatch.setattr("shutil.which", lambda name: nvidia.get(name, which(name)))
+    monkeypatch.setattr("shutil.which", lambda name, **how: nvidia.get(name, which(name, **how)))
     code, output = call("doctor", MINIDL_DATA=str(tmp_path))
     assert code == 0
     if gpus:
@@ -256,6 +256,42 @@ def test_doctor_on_the_gpu(tmp_path, monkeypatch, gpus, driver):
     else:
         assert "CuPy is not installed" in output and "pip install 'minidl[cuda]'" in output
         assert ("though there is an NVIDIA driver" in output) == driver
+
+
+@pytest.mark.parametrize(
+    ("library", "level", "aware", "mpirun_is_open_mpi", "gpus", "expected"),
+    [
+        ("Open MPI", "MULTIPLE", False, True, "",
+         ["Open MPI 5.0", "MPI_THREAD_MULTIPLE", "of this MPI", "--bind-to none", "through pinned",
+          "shrink and respawn"]),
+        ("MPICH", "MULTIPLE", True, False, "2 2.32.3",
+         ["MPICH 5.0", "of this MPI", "(CUDA-aware): messages go directly", "--on-failure restart",
+          "NCCL 2.32.3: dist.init() takes it for up to 2 ranks"]),
+        ("MPICH", "FUNNELED", False, True, "2 nvidia-nccl-cu13",
+         ["needs MULTIPLE", "mpirun is not MPICH's", "set MPI4PY_LIBMPI",
+          "pip install nvidia-nccl-cu13"]),
+    ],
+)  # fmt: skip
+def test_doctor_explains_the_mpi(
+    monkeypatch, library, level, aware, mpirun_is_open_mpi, gpus, expected
+):
+    says = json.dumps([library, f"{library} 5.0", level, aware])
+    monkeypatch.setattr("minidl.doctor.installed", lambda package: "4.1")
+    monkeypatch.setattr("minidl.doctor.ask", lambda code: (True, says if "MPI" in code else gpus))
+    find = importlib.util.find_spec
+    here = lambda name: object() if name == "cupy" and gpus else find(name)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", here)
+    monkeypatch.setattr(
+        "minidl.distributed.launch.find_mpirun", lambda: ("/bin/mpirun", mpirun_is_open_mpi)
+    )
+    from minidl.doctor import the_cluster
+
+    found = list(the_cluster())
+    text = " ".join(f"{f.name} {f.found} {f.advice}" for f in found)
+    for words in expected:
+        assert words in text, text
+    wrong = (level != "MULTIPLE") + (mpirun_is_open_mpi != (library == "Open MPI"))
+    assert sum(f.state == "bad" for f in found if f.name != "Spark") == wrong
 
 
 def test_demo(tmp_path):

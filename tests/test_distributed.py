@@ -391,6 +391,16 @@ def test_several_ranks_need_mpi4py():
     assert "pip install 'minidl[mpi]'" in done.stderr
 
 
+@needs_mpi
+def test_an_mpirun_of_another_mpi():
+    """Its ranks do not find one another: each would train alone."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from minidl import distributed as dist; dist.init()"],
+        env={**os.environ, "MV2_COMM_WORLD_SIZE": "2"}, timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    matches(done.stderr, ["several ranks were started, but .* sees this one alone: mpirun belongs"])
+
+
 def test_a_simulation_is_deterministic_and_random_numbers_are_each_ranks_own():
     order = []
 

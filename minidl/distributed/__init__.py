@@ -111,8 +111,14 @@ def init(
                 "another: pip install 'minidl[mpi]' (or mpi4py for the MPI that you have)"
             )
         else:
-            from minidl.distributed.mpi import MPICommunicator, world
+            from minidl.distributed.mpi import MPI, MPICommunicator, world
 
+            if MPI.COMM_WORLD.Get_size() == 1 and not rebuilt:
+                raise RuntimeError(
+                    f"several ranks were started, but {' '.join(map(str, MPI.get_vendor()))} "
+                    "sees this one alone: mpirun belongs to another MPI than the library that "
+                    "mpi4py has loaded. `minidl doctor` says which is which"
+                )
             if check is None:
                 check = os.environ.get("MINIDL_DIST_CHECK", "1") != "0"
             kind, why = MPICommunicator, ""
