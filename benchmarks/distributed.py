@@ -1,18 +1,27 @@
 """A training step on several ranks, in minidl and in PyTorch (DistributedDataParallel over gloo).
 
     python benchmarks/distributed.py [--ranks 2] [--rounds 15] [--quick]
+    python benchmarks/distributed.py --emulated-link [MBIT] [--quick]        (as root)
 
 Starts itself under mpirun. Every rank holds both libraries, with the same networks and batches, one
 thread each (or --threads), and they take turns: in each round each does some steps, all ranks
 together. A time is the median over the rounds of rank 0's time for a step; a ratio is the median
 of the rounds' ratios, PyTorch's time over minidl's: above 1, minidl is the faster. "alone" is the
 same part of the batch on each rank, without exchanging gradients: what is left between the two
-columns is what communication costs. Writes results/distributed.md beside this file.
+columns is what communication costs.
+
+With --emulated-link each rank is on a host of its own (a network namespace), and the links carry so
+many 10⁶ bits a second (1000). "forward" is a step without the backward pass, "sums" the exchange of
+all gradients, in minidl's buckets, and nothing else. What can be hidden is the smaller of the sums
+and what follows the forward pass; "hidden" is the part of it that is: "alone" + "sums" - the step.
+
+Writes results/distributed.md and .json beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import socket
@@ -51,7 +60,9 @@ CASES: dict[str, tuple[Callable[[ModuleType], Any], int]] = {
     "default CNN, batch 64": (cnn, 64),
     "default CNN, batch 256": (cnn, 256),
     "MLP of 24 million, batch 64": (mlp, 64),
+    "MLP of 24 million, batch 2048": (mlp, 2048),
 }
+FOR_LINKS = "MLP of 24 million, batch 2048"  # as much to compute as to send, there
 
 
 def step_of(lib: ModuleType, network: Any, forward: Any, x: np.ndarray, y: np.ndarray) -> Any:
@@ -90,8 +101,58 @@ def contestants(case: str, rank: int, ranks: int) -> dict[str, Callable[[], None
     return steps
 
 
-def work(rounds: int, seconds: float, threads: int) -> None:
-    """A rank's life."""
+def add_parts(case: str, steps: dict[str, Callable[[], None]], ranks: Any) -> None:
+    """Beside whole steps, their parts: the forward pass, and the sums of gradients alone."""
+    import torch
+
+    import minidl
+    from minidl import distributed as dist
+
+    build, batch = CASES[case]
+    sizes = [b.flat.size for b in dist.DataParallel(build(minidl.nn)).buckets]
+    x = np.zeros((batch, 1, 28, 28), np.float32)[ranks.rank :: ranks.world_size].copy()
+    y = np.zeros(batch, np.int64)[ranks.rank :: ranks.world_size].copy()
+    for name, lib in (("minidl", minidl), ("PyTorch", torch)):
+        network, loss_of = build(lib.nn), lib.nn.CrossEntropyLoss()
+        images, labels = lib.from_numpy(x), lib.from_numpy(y)
+        steps[f"{name} forward"] = lambda n=network, f=loss_of, i=images, t=labels: f(n(i), t)
+    arrays = [np.zeros(size, np.float32) for size in sizes]
+
+    def ours() -> None:
+        for sums in [ranks.allreduce(a, async_op=True) for a in arrays]:
+            sums.wait()
+
+    def theirs() -> None:
+        for sums in [torch.distributed.all_reduce(torch.from_numpy(a), async_op=True)
+                     for a in arrays]:  # fmt: skip
+            sums.wait()
+
+    steps["minidl sums"], steps["PyTorch sums"] = ours, theirs
+
+
+def measure(
+    steps: dict[str, Callable[[], None]], rounds: int, seconds: float, ranks: Any, block: int = 5
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds):
+        for name in list(steps) if round_ % 2 else list(steps)[::-1]:
+            steps[name]()
+            ranks.barrier()
+            started, count = time.perf_counter(), 0
+            going = np.ones(1)
+            while going[0]:  # rank 0's clock decides for all
+                for _ in range(block):
+                    steps[name]()
+                count += block
+                going[0] = time.perf_counter() - started < seconds
+                ranks.broadcast(going)
+            times[name].append((time.perf_counter() - started) / count)
+    return times
+
+
+def join(threads: int) -> Any:
+    """Both libraries' ranks."""
     import torch
 
     import minidl
@@ -101,26 +162,67 @@ def work(rounds: int, seconds: float, threads: int) -> None:
     minidl.set_num_threads(threads)
     torch.set_num_threads(threads)
     torch.distributed.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size)
+    return ranks
+
+
+def work_on_link(rounds: int, seconds: float, cases: list[str]) -> None:
+    """A rank's life on an emulated host."""
+    import torch
+
+    os.environ |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth0"}
+    ranks = join(threads=1)
+    lines = [
+        "| step | library | ms | alone | forward | sums | hidden | PyTorch / minidl |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in cases:
+        steps = contestants(case, ranks.rank, ranks.world_size)
+        add_parts(case, steps, ranks)
+        times = measure(steps, rounds, seconds, ranks, block=1)
+        for name in ("minidl", "PyTorch"):
+            step, alone, forward, sums = (
+                float(np.median(times[f"{name} {part}".strip()]))
+                for part in ("", "alone", "forward", "sums")
+            )
+            hidden = (alone + sums - step) / min(sums, alone - forward)
+            ratio = float(np.median(np.divide(times["PyTorch"], times[name])))
+            cells = " | ".join(f"{1e3 * t:.1f}" for t in (step, alone, forward, sums))
+            lines.append(f"| {case} | {name} | {cells} | {100 * hidden:.0f} % | {ratio:.2f} |")
+    torch.distributed.destroy_process_group()
+    if ranks.rank == 0:
+        print("\n".join(lines))
+
+
+def on_emulated_link(megabits: int, hosts: int, rounds: int, quick: bool) -> str:
+    """The table of `work_on_link`, each rank on a host of its own."""
+    import tempfile
+
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root))
+    from tests.emulated_cluster import cluster, missing
+
+    if why := missing():
+        raise SystemExit(f"No hosts can be emulated here: {why}")
+    cases = ["default CNN, batch 256"] if quick else list(CASES)
+    arguments = f"{rounds}, {0.1 if quick else 1.0}, {cases}"
+    code = f"from benchmarks.distributed import work_on_link; work_on_link({arguments})"
+    with tempfile.TemporaryDirectory() as folder, cluster(hosts, megabits, Path(folder)) as there:
+        said = there.mpirun(code, timeout=1800).splitlines()
+    return "\n".join(line for line in said if line.startswith("|"))
+
+
+def work(rounds: int, seconds: float, threads: int) -> None:
+    """A rank's life."""
+    import torch
+
+    ranks = join(threads)
     lines = [
         "| step | minidl, ms | PyTorch, ms | PyTorch / minidl | alone: minidl, ms | PyTorch, ms |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for case in CASES:
+    for case in [case for case in CASES if case != FOR_LINKS]:
         steps = contestants(case, ranks.rank, ranks.world_size)
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for round_ in range(rounds):
-            for name in list(steps) if round_ % 2 else list(steps)[::-1]:
-                steps[name]()
-                ranks.barrier()
-                started, count = time.perf_counter(), 0
-                going = np.ones(1)
-                while going[0]:  # rank 0's clock decides for all
-                    for _ in range(5):
-                        steps[name]()
-                    count += 5
-                    going[0] = time.perf_counter() - started < seconds
-                    ranks.broadcast(going)
-                times[name].append((time.perf_counter() - started) / count)
+        times = measure(steps, rounds, seconds, ranks)
         ratio = np.median(np.divide(times["PyTorch"], times["minidl"]))
         ms = {name: f"{1e3 * np.median(t):.2f}" for name, t in times.items()}
         lines.append(
@@ -144,6 +246,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing is written")
+    parser.add_argument(
+        "--emulated-link", type=int, nargs="?", const=1000, metavar="MBIT",
+        help="each rank on a host of its own, joined by links of so many 10⁶ bits a second (root)",
+    )  # fmt: skip
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     rounds, seconds = (2, 0.1) if args.quick else (args.rounds, 0.5)
@@ -153,6 +259,30 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from turns import describe_machine, environment
 
+    if args.emulated_link:
+        part = f"Hosts of one core, links of {args.emulated_link} Mbit/s"
+        table = on_emulated_link(args.emulated_link, args.ranks, rounds, args.quick)
+    else:
+        part = "In one machine's memory"
+        table = in_shared_memory(args.ranks, args.threads, environment)
+    print(table)
+    if args.quick:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "distributed.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    machine = f"{args.ranks} ranks; {describe_machine(args.threads, ['torch'])}"
+    record[part] = {"machine": machine, "table": table}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    lines = ["# A training step on several ranks", "", "Written by `benchmarks/distributed.py`, "
+             "which says how it measures."]  # fmt: skip
+    for part, found in record.items():
+        lines += ["", f"## {part}", "", found["machine"], "", found["table"]]
+    (RESULTS / "distributed.md").write_text("\n".join(lines) + "\n")
+
+
+def in_shared_memory(ranks: int, threads: int, environment: Any) -> str:
+    """The table of `work`."""
     beside = Path(sys.executable).parent / "mpirun"
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
     if mpirun is None:
@@ -165,19 +295,11 @@ def main() -> None:
             ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1"
         )  # Open MPI refuses otherwise
     done = subprocess.run(
-        [mpirun, "--oversubscribe", "--bind-to", "none", "-n", str(args.ranks), sys.executable,
+        [mpirun, "--oversubscribe", "--bind-to", "none", "-n", str(ranks), sys.executable,
          *sys.argv, "--work"],
-        env=environment(args.threads, there), text=True, stdout=subprocess.PIPE, check=True,
+        env=environment(threads, there), text=True, stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
-    table = done.stdout.strip()
-    print(table)
-    if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "distributed.md").write_text(
-            "# A training step on several ranks\n\n"
-            "Written by `benchmarks/distributed.py`, which says how it measures. "
-            f"{args.ranks} ranks; {describe_machine(args.threads)}\n\n{table}\n"
-        )
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":
