@@ -114,7 +114,7 @@ def report(args: Any, runs: dict[str, Any], images: int, tests: int, took: float
         rows.append([
             way.name, f"{way.scale * LR:g}", f"{images // (SHARE * way.workers):,}",
             mean_std(found), f"{found.min():.1f}", "" if way is SMALL else mean_std(lost),
-            mean_std([curve[0][0] for curve in runs[way.name]]),
+            f"{np.mean([curve[0][0] for curve in runs[way.name]]):.2f}",
         ])  # fmt: skip
     text = [
         "# How large may a batch be?",
