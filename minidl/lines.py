@@ -35,13 +35,13 @@ class Line(NamedTuple):
 
 
 PACKAGE = Path(__file__).parent
-PROGRAMS = {str(PACKAGE / name) for name in ("cli.py", "train.py", "report.py")}
+PROGRAMS = tuple(str(PACKAGE / name) for name in ("cli", "train.py", "report.py"))
 
 
 def is_library(frame: FrameType) -> bool:
     """Whether a frame runs minidl's own code (its programs count as the user's), or Python's."""
     file = frame.f_code.co_filename
-    return file.startswith((f"{PACKAGE}/", "<frozen")) and file not in PROGRAMS
+    return file.startswith((f"{PACKAGE}/", "<frozen")) and not file.startswith(PROGRAMS)
 
 
 # Noted while the program runs -------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_a_mistake_in_minidl_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "open_data", lambda *_: 1 + "1")
+    monkeypatch.setattr(cli.training, "open_data", lambda *_: 1 + "1")
     with pytest.raises(TypeError):
         call("train")
 
