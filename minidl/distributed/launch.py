@@ -445,7 +445,8 @@ class Launcher:
             return self.mpi
         ft = ["--with-ft", "ulfm"] if self.on_failure != "restart" else []
         export = [word for name in names for word in ("-x", name)]
-        return [*ft, "--oversubscribe", "--bind-to", "none", *export, *self.mpi]
+        more = ["--oversubscribe"] if self.local else []
+        return [*ft, *more, "--bind-to", "none", *export, *self.mpi]
 
     def environment(self) -> dict[str, str]:
         root = hasattr(os, "geteuid") and os.geteuid() == 0
