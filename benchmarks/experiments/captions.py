@@ -8,7 +8,7 @@
     flickr8k    1,000 photographs: overfitting, frozen against fine-tuned, and the traps of BLEU
 
 Every score stands beside the same score with permuted images: what remains without looking. A part
-that is not named keeps its last result. Writes results/captions.md, .json and .png.
+that is not named keeps its last result. Writes results/captions.md and .json.
 """
 
 from __future__ import annotations
