@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,15 +160,24 @@ METHODS = {
 }  # fmt: skip
 
 
+OWNERS: weakref.WeakValueDictionary[int, ndarray] = weakref.WeakValueDictionary()  # of memory
+
+
 class ndarray:
     """``cupy.ndarray``."""
 
     __array_priority__ = 100
     __hash__ = None  # type: ignore[assignment]
-    __slots__ = ("_device", "_memory")
+    __slots__ = ("__weakref__", "_device", "_memory", "base")
 
     def __init__(self, memory: np.ndarray, device: int) -> None:
         self._memory, self._device = memory, device
+        self.base: ndarray | None = None  # always the same one: minidl tells memory by it
+        if isinstance(memory.base, np.ndarray):
+            known = OWNERS.get(id(memory.base))
+            self.base = ndarray(memory.base, device) if known is None else known
+        else:
+            OWNERS.setdefault(id(memory), self)
 
     # NumPy's ways in ------------------------------------------------------------------------
 
@@ -202,11 +212,6 @@ class ndarray:
     @property
     def data(self) -> Any:
         return types.SimpleNamespace(ptr=self._memory.ctypes.data, device_id=self._device)
-
-    @property
-    def base(self) -> ndarray | None:
-        base = self._memory.base
-        return ndarray(base, self._device) if isinstance(base, np.ndarray) else None
 
     @property
     def T(self) -> ndarray:
