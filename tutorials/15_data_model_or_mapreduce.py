@@ -388,8 +388,8 @@ else:
     print("(what is missing is not installed here, or took too long)")
 
 # %% [markdown]
-# A step takes some milliseconds. A job takes about a hundred times as long, for it ships the
-# weights, starts tasks, and collects. It is worth that only if it does the work of a hundred steps
+# A step takes some milliseconds. A job takes ten to a hundred times as long, for it ships the
+# weights, starts tasks, and collects. It is worth that only if it does the work of as many steps
 # (`mapreduce.local_sgd` trains on every part and averages the weights), or if there is so much data
 # that the computation must go where it lies. `python benchmarks/experiments/mapreduce.py` also runs
 # it on Hadoop's own engine, and kills an executor on the way.

@@ -245,8 +245,7 @@ class MPICommunicator(Communicator):
         return type(self)(comm, self.check, self.timeout, self.patience, name)
 
     def abort(self, code: int = 1) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        last_words()
         self.data.Abort(code)
 
     # Waiting ------------------------------------------------------------------------------------
@@ -500,7 +499,7 @@ def world(
         sys.stdout.flush()
         print(f"rank {base.Get_rank()} of {base.Get_size()}:", file=sys.stderr)
         before(kind, error, traceback)
-        sys.stderr.flush()
+        last_words()
         base.Abort(1)
 
     def end_all_of_thread(args: threading.ExceptHookArgs) -> None:
@@ -510,6 +509,13 @@ def world(
     threading.excepthook = end_all_of_thread
     atexit.register(close_all)
     return communicator
+
+
+def last_words() -> None:
+    """Before all is ended: what mpirun has not read by then (MPICH's) nobody reads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(0.2)
 
 
 def close_all() -> None:
