@@ -520,6 +520,7 @@ def test_a_killed_rank(tmp_path, mode):
 @needs_mpi
 @pytest.mark.mpi
 @modes
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not KILLS, reason="MINIDL_TEST_KILLS=20 kills so many ranks")
 def test_many_killed_ranks(tmp_path, mode):
     most = {"restart": 10, "shrink": 3, "respawn": 10}[mode]
