@@ -132,6 +132,12 @@ def use_threads(threads: int | None) -> None:
 # Options that several commands share ------------------------------------------------------
 
 Seed = Annotated[int, typer.Option(min=0, help="Of all random numbers.")]
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the data's files.", show_default="$MINIDL_DATA, or ./data"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT was stopped.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew though OUT holds a run.")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of the C++ kernels.", show_default="all cores")
 ]

@@ -12,6 +12,9 @@ import typer.core
 
 from minidl.cli.base import (
     Live,
+    Overwrite,
+    Resume,
+    Root,
     Seed,
     Threads,
     app,
@@ -45,10 +48,7 @@ def caption_train(
     data: Annotated[
         str, typer.Option(help="scenes (drawn here, no files needed), flickr8k or coco.")
     ] = "scenes",
-    root: Annotated[
-        Path | None,
-        typer.Option(help="Folder with its files.", show_default="$MINIDL_DATA, or ./data"),
-    ] = None,
+    root: Root = None,
     encoder: Annotated[
         str, typer.Option(help="cnn, resnet8, resnet20, resnet18, resnet34.")
     ] = "cnn",
@@ -84,12 +84,8 @@ def caption_train(
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Threads = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run in OUT was stopped.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew though OUT holds a run.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a network that says what is in an image.
 

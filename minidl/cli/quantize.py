@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from minidl.cli.base import (
+    Root,
     Threads,
     choose,
     command,
@@ -24,10 +25,7 @@ def quantize(
     calibrate: Annotated[
         int, typer.Option(min=1, help="So many training images tell the ranges.")
     ] = 512,
-    root: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the data's files.", show_default="$MINIDL_DATA, or ./data"),
-    ] = None,
+    root: Root = None,
     dtype: Annotated[
         str, typer.Option(help="int8; of weights only: int4, float16 or bfloat16.")
     ] = "int8",

@@ -10,6 +10,9 @@ import typer
 from minidl.cli.base import (
     FAILED,
     Live,
+    Overwrite,
+    Resume,
+    Root,
     Seed,
     Threads,
     choose,
@@ -51,10 +54,7 @@ def train(
     data: Annotated[
         str, typer.Option(help="The dataset: digits, mnist, fashion-mnist or cifar10.")
     ] = "digits",
-    root: Annotated[
-        Path | None,
-        typer.Option(help="Folder with its files.", show_default="$MINIDL_DATA, or ./data"),
-    ] = None,
+    root: Root = None,
     download: Annotated[
         bool, typer.Option("--download", help="Fetch the files if they are not there.")
     ] = False,
@@ -116,12 +116,8 @@ def train(
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Write a checkpoint this often within an epoch.")
     ] = 30.0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run in OUT was stopped.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew though OUT holds a run.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a classifier of images.
 
@@ -210,10 +206,7 @@ def train(
 @command
 def attack(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint in it.")],
-    root: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the data's files.", show_default="$MINIDL_DATA, or ./data"),
-    ] = None,
+    root: Root = None,
     epsilon: Annotated[
         list[float] | None,
         typer.Option(
