@@ -22,9 +22,9 @@ from minidl import distributed as dist
 
 # Under mpirun --------------------------------------------------------------------------------
 
-# Which MPI: the one beside this Python, or on the PATH; or MINIDL_TEST_MPIRUN=/another/bin/mpirun,
+# Which MPI: the one beside this Python, or on the PATH; or MINIDL_MPIRUN=/another/bin/mpirun,
 # whose library mpi4py then has to take. (.ci/run does so: Open MPI and MPICH in turn.)
-MPIRUN = os.environ.get("MINIDL_TEST_MPIRUN") or shutil.which(
+MPIRUN = os.environ.get("MINIDL_MPIRUN") or shutil.which(
     "mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 )
 HAVE_MPI = MPIRUN is not None and importlib.util.find_spec("mpi4py") is not None
@@ -40,7 +40,7 @@ def is_open_mpi() -> bool:
 def start(n: int, *program: str, **environment: str) -> subprocess.Popen[str]:
     """Start a Python program on n ranks, in a process group of their own."""
     assert MPIRUN is not None
-    if os.environ.get("MINIDL_TEST_MPIRUN"):
+    if os.environ.get("MINIDL_MPIRUN"):
         environment["MPI4PY_LIBMPI"] = str(Path(MPIRUN).parents[1] / "lib")
     options = ["--oversubscribe", "--bind-to", "none"] if is_open_mpi() else []
     return subprocess.Popen(

@@ -328,6 +328,7 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 import numpy as np
 from minidl import distributed as dist
+from minidl.backend.threads import local_rank, local_ranks
 from tests.test_distributed_elastic import training
 
 folder, steps, trouble = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
@@ -375,6 +376,8 @@ seconds = float(os.environ.get("CHECKPOINT_SECONDS", "0.05"))
 inner = training(steps, Losses(), drop=drop, nan=nan)
 done = dist.elastic.run(watched, folder, checkpoint_seconds=seconds)
 print(f"rank {dist.rank()} of {dist.world_size()} has done {done} steps")
+if os.environ["MINIDL_ON_FAILURE"] != "shrink":  # one that was spawned knows of the others
+    assert (local_rank(), local_ranks()) == (dist.rank(), dist.world_size())
 """
 
 ROOT = Path(__file__).parents[1]
@@ -402,7 +405,7 @@ class Launched:
         self.start(n, [*options, "--elastic", "--backoff", "0.1"], program, environment)
 
     def start(self, n, options, program, environment):
-        if os.environ.get("MINIDL_TEST_MPIRUN"):
+        if os.environ.get("MINIDL_MPIRUN"):
             environment["MPI4PY_LIBMPI"] = str(Path(MPIRUN).parents[1] / "lib")
         command = ["-m", "minidl", "launch", "--mpirun", MPIRUN, "-n", str(n), *options, *program]
         self.process = subprocess.Popen(

@@ -141,7 +141,7 @@ def train(
     from minidl.train import train
 
     use_threads(threads)
-    dist.init("mpi" if device == "cpu" else None)
+    dist.init("cpu" if device == "cpu" else None)
     parse_device(device)
     if device == "cuda":
         minidl.cuda.set_device_by_rank()

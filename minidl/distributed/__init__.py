@@ -21,6 +21,7 @@ import importlib.util
 import os
 import sys
 
+from minidl import cuda
 from minidl.distributed import launch
 from minidl.distributed.communicator import CommunicationError, Communicator, Work
 from minidl.distributed.data_parallel import DataParallel
@@ -78,8 +79,9 @@ def init(
 
     Args:
         backend: "nccl" or "mpi": how sums over arrays of GPUs are made, directly or through the
-            host's memory. None: NCCL, where each rank has a GPU of its own.
-            (``MINIDL_DIST_BACKEND`` chooses from outside.) Arrays of the host go by MPI always.
+            host's memory. None: NCCL, where each rank has a GPU of its own. "cpu": there are none,
+            and GPUs are left alone. (``MINIDL_DIST_BACKEND`` chooses from outside.) Arrays of the
+            host go by MPI always.
         check: compare the calls of all ranks, and find ranks that wait for one another. False (or
             ``MINIDL_DIST_CHECK=0``) saves two small messages a call.
         timeout: seconds that a call may wait for other ranks.
@@ -95,8 +97,8 @@ def init(
     """
     global _world
     backend = backend or os.environ.get("MINIDL_DIST_BACKEND") or None
-    if backend not in (None, "nccl", "mpi"):
-        raise ValueError(f"backend is 'nccl', 'mpi' or None, got {backend!r}")
+    if backend not in (None, "nccl", "mpi", "cpu"):
+        raise ValueError(f"backend is 'nccl', 'mpi', 'cpu' or None, got {backend!r}")
     if (simulated := getattr(here, "communicator", None)) is not None:
         return simulated
     if _world is None:
@@ -111,7 +113,7 @@ def init(
                 "another: pip install 'minidl[mpi]' (or mpi4py for the MPI that you have)"
             )
         else:
-            from minidl.distributed.mpi import MPI, MPICommunicator, world
+            from minidl.distributed.mpi import MPI, world
 
             if MPI.COMM_WORLD.Get_size() == 1 and not rebuilt:
                 raise RuntimeError(
@@ -121,13 +123,20 @@ def init(
                 )
             if check is None:
                 check = os.environ.get("MINIDL_DIST_CHECK", "1") != "0"
-            kind, why = MPICommunicator, ""
-            # (What is rebuilt after the loss of a rank is MPI's: `ulfm.py`.)
-            if backend != "mpi" and not rebuilt:
+            if rebuilt and backend == "nccl":  # after the loss of a rank, by `ulfm.py`
+                raise RuntimeError(
+                    "MPI's communicators can do without a rank that was lost, NCCL's cannot: "
+                    "minidl launch --on-failure restart, or leave the backend out"
+                )
+            if rebuilt or backend == "cpu":
+                _world, why = world(check, timeout, patience), ""
+                if backend != "cpu" and cuda.is_available():
+                    cuda.set_device_by_rank()
+            else:
                 from minidl.distributed.nccl import choose
 
                 kind, why = choose(backend)
-            _world = world(check, timeout, patience, kind)
+                _world = world(check, timeout, patience, kind)
             if why and _world.rank == 0:
                 print(f"minidl: arrays of GPUs are added up by {why}", file=sys.stderr)
         launch.report(_world.rank, _world.world_size)

@@ -268,13 +268,15 @@ def package() -> str:
 
 
 def choose(wish: str | None) -> tuple[type[MPICommunicator], str]:
-    """Which communicator, and why: the same on all ranks.
+    """Which communicator, and why: the same on all ranks. Each takes its GPU.
 
     Raises:
         RuntimeError: it shall be NCCL, and cannot.
     """
     found = MPI.COMM_WORLD.allgather(look())
     places = [p for p, _ in found if p is not None]
+    if wish == "mpi":
+        return MPICommunicator, "MPI, through the host, as you wish" if places else ""
     versions = {what for p, what in found if p is not None}
     lacking = [f"rank {r} {what}" for r, (p, what) in enumerate(found) if p is None]
     why = lacking[0] if lacking else sharing(places)

@@ -19,6 +19,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from minidl.backend import threads
 from minidl.distributed import mpi
 
 LOSSES = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
@@ -90,7 +91,13 @@ def join(parent: Any) -> MPI.Comm:
 
 def number(merged: MPI.Comm, missing: list[int] | None, mine: int | None) -> MPI.Comm:
     """Sort a communicator of survivors, and behind them the new ones, by the old numbers."""
-    missing = merged.bcast(missing, root=0)
-    if mine is None:
-        mine = missing[merged.Get_rank() - merged.Get_size()]
-    return merged.Split(0, mine)
+    found: list[int] = merged.bcast(missing, root=0)
+    is_new = mine is None
+    whole = merged.Split(0, found[merged.Get_rank() - merged.Get_size()] if mine is None else mine)
+    here = whole.Split_type(MPI.COMM_TYPE_SHARED)
+    if is_new:  # what mpirun tells it is of the new ones alone: it would take all cores, and GPU 0
+        os.environ[threads.LOCAL_RANKS[0]] = str(here.Get_size())
+        os.environ[threads.LOCAL_RANK[0]] = str(here.Get_rank())
+        threads.set_num_threads(threads.default_num_threads())
+    here.Free()
+    return whole

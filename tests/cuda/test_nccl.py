@@ -198,8 +198,20 @@ def test_no_gpu_nothing_said():
         matches(done.stderr, ["NCCL is not possible here: rank 0 has no GPU"])
 
 
+@pytest.mark.parametrize("backend", [None, "mpi", "cpu"])
+def test_each_rank_takes_a_gpu(backend):
+    """(But not where none is needed: that costs some of its memory.)"""
+    own = 0 if backend == "cpu" else "dist.rank()"
+    good(2, f"dist.init({backend!r}); assert minidl.cuda.current_device() == {own}")
+
+
+def test_nccl_does_not_survive_a_rank():
+    done = gpus(2, "dist.init('nccl')", there=0, MINIDL_ON_FAILURE="shrink")
+    matches(done.stderr, ["RuntimeError: MPI's communicators can .* minidl launch --on-failure"])
+
+
 def test_an_unknown_backend():
-    with pytest.raises(ValueError, match="'nccl', 'mpi' or None, got 'gloo'"):
+    with pytest.raises(ValueError, match="'nccl', 'mpi', 'cpu' or None, got 'gloo'"):
         dist.init("gloo")
 
 
