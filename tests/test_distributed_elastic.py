@@ -394,20 +394,18 @@ KILLS = int(os.environ.get("MINIDL_TEST_KILLS", "0"))  # in all, for each mode (
 
 
 class Launched:
-    """`minidl launch`, running."""
+    """`minidl launch`, running SCRIPT (or another program) in a folder of its own."""
 
-    def __init__(self, folder, *arguments, n=2, options=(), **environment):
+    def __init__(self, folder, *arguments, program=(), n=2, options=(), **environment):
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        script = folder / "script.py"
-        script.write_text(SCRIPT)
-        program = [str(script), str(folder), *map(str, arguments)]
-        self.start(n, [*options, "--elastic", "--backoff", "0.1"], program, environment)
-
-    def start(self, n, options, program, environment):
+        if not program:
+            (folder / "script.py").write_text(SCRIPT)
+            program = [str(folder / "script.py"), str(folder)]
         if os.environ.get("MINIDL_MPIRUN"):
             environment["MPI4PY_LIBMPI"] = str(Path(MPIRUN).parents[1] / "lib")
-        command = ["-m", "minidl", "launch", "--mpirun", MPIRUN, "-n", str(n), *options, *program]
+        command = ["-m", "minidl", "launch", "--mpirun", MPIRUN, "-n", str(n), *options]
+        command += ["--elastic", "--backoff", "0.1", *program, *map(str, arguments)]
         self.process = subprocess.Popen(
             [sys.executable, *command],
             env={**os.environ, "PYTHONPATH": str(ROOT), "MINIDL_NUM_THREADS": "1",
@@ -532,6 +530,44 @@ def test_many_killed_ranks(tmp_path, mode):
         kills = min(most, KILLS - number * most)
         (tmp_path / str(number)).mkdir()
         survives(tmp_path / str(number), mode, n, kills, seed=number)
+
+
+def train(folder, epochs, killed, **how):
+    """`minidl train` on two ranks; its log, and the network that it has learned."""
+    command = f"-m minidl train --model mlp --checkpoint-seconds 0.1 --epochs {epochs} --out"
+    program = [sys.executable, *command.split(), str(folder)]
+    with launched(folder, program=program, **how) as job:
+        if killed:
+            log = folder / "log.jsonl"
+            job.until(lambda: log.exists() and log.read_text())  # an epoch is done
+            ranks = [
+                p for p in job.left() if b"mpirun" not in Path(f"/proc/{p}/cmdline").read_bytes()
+            ]
+            os.kill(ranks[-1], signal.SIGKILL)
+        code, out, err = job.ended()
+    assert code == 0 and out.count("written to") == 1, out + err
+    assert err.count("is gone without a word") == killed, err
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return log, minidl.load(folder / "last.safetensors")["model"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole"), epochs=12, killed=False)
+
+
+@needs_mpi
+@pytest.mark.mpi
+@modes
+def test_minidl_train_survives(tmp_path, trained, mode):
+    """It keeps checkpoints of its own; on as many ranks as before it ends with the same bits."""
+    log, model = train(tmp_path / "run", 12, killed=True, options=["--on-failure", mode])
+    ours, theirs = ([r["train_loss"] for r in run] for run in (log, trained[0]))
+    if mode == "shrink":
+        np.testing.assert_allclose(ours, theirs, rtol=0.02)
+    else:
+        assert ours == theirs
+        assert all((model[name].array == value.array).all() for name, value in trained[1].items())
 
 
 @needs_mpi
