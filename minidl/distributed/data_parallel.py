@@ -87,8 +87,8 @@ class DataParallel(Module):
     Args:
         module: the network, on its device; the same on all ranks but for its values.
         communicator: of the ranks (default: all).
-        bucket_cap_mb: megabytes (2²⁰ bytes) that are sent together; of the first bucket a quarter,
-            that sending begins early.
+        bucket_cap_mb: megabytes (2²⁰ bytes) from which on a bucket is full; of the first bucket a
+            quarter, that sending begins early.
         broadcast_buffers: give all ranks rank 0's buffers (the running statistics of batch norm)
             before each forward pass in training.
         check_finite: refuse gradients with infinities or NaNs. (False where something else deals
@@ -294,17 +294,20 @@ def own_random_numbers(communicator: Communicator) -> None:
 
 
 def cut(parameters: Sequence[Tensor], cap_mb: float) -> list[list[int]]:
-    """The numbers of the parameters of each bucket, from the last parameter to the first."""
+    """The numbers of the parameters of each bucket, from the last parameter to the first.
+
+    A bucket is full when it has come to its size: so a layer's bias, small as it is, does not make
+    a message of its own before a weight that is larger.
+    """
     buckets: list[list[int]] = []
     room, kind = 0.0, None
     for i, p in reversed(list(enumerate(parameters))):
-        size = p.numel() * p.element_size() / 2**20
-        if not buckets or size > room or (p.dtype, p.device) != kind:
+        if room <= 0 or (p.dtype, p.device) != kind:
             room = cap_mb if buckets else cap_mb / 4
             kind = p.dtype, p.device
             buckets.append([])
         buckets[-1].append(i)
-        room -= size
+        room -= p.numel() * p.element_size() / 2**20
     return buckets
 
 
