@@ -273,7 +273,7 @@ def report(args: Any, cost: Any, kill: tuple[float, float], learnt: Any) -> None
     text = f"""# What MapReduce costs and buys
 
 Written by `benchmarks/experiments/mapreduce.py`, which says how it measures, on a machine of
-{os.cpu_count()} cores that had other work too: a rough record, good for orders of magnitude.
+{os.cpu_count()} cores: good for orders of magnitude.
 
 Seconds for a gradient of {parameters:,} parameters (float64, {PARTITIONS} partitions, one thread a
 task), the median of some. All gradients are equal to 1e-12.
