@@ -55,19 +55,24 @@ class Cluster:
         )
         self.agent.chmod(0o755)
 
+    def options(self) -> list[str]:
+        """mpirun's, for a rank on each host."""
+        words = "--prtemca prte_keep_fqdn_hostnames 1 --mca pml ob1 --mca btl self,tcp"
+        words += " --mca btl_tcp_if_include 10.77.0.0/24 --mca coll ^han"
+        words += " --mca mpi_yield_when_idle 1 --bind-to none"  # (each would take core 0)
+        places = ["--prtemca", "plm_ssh_agent", str(self.agent), "--hostfile", str(self.hosts)]
+        return [*places, *words.split()]
+
+    def on_first(self, command: list[str]) -> list[str]:
+        """The command, on the first host."""
+        there = f"hostname node0; exec {shlex.join(command)}"
+        return ["ip", "netns", "exec", self.names[0], "unshare", "-u", "bash", "-c", there]
+
     def mpirun(self, code: str, timeout: float = 120) -> str:
         """Run Python code with a rank on each host; what it prints. No process is left."""
-        options = "--prtemca prte_keep_fqdn_hostnames 1 --mca pml ob1 --mca btl self,tcp"
-        options += " --mca btl_tcp_if_include 10.77.0.0/24 --mca coll ^han"
-        options += " --mca mpi_yield_when_idle 1 --bind-to none"  # (each would take core 0)
-        command = [
-            str(MPIRUN), "--prtemca", "plm_ssh_agent", str(self.agent), "--hostfile",
-            str(self.hosts), "-n", str(len(self.names)), *options.split(), sys.executable, "-c",
-            textwrap.dedent(code),
-        ]  # fmt: skip
+        python = [sys.executable, "-c", textwrap.dedent(code)]
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self.names[0], "unshare", "-u", "bash", "-c",
-             f"hostname node0; exec {shlex.join(command)}"],
+            self.on_first([str(MPIRUN), *self.options(), "-n", str(len(self.names)), *python]),
             env={**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "MINIDL_NUM_THREADS": "1",
                  "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "MINIDL_DIST_CHECK": "0",
                  "PYTHONPATH": str(Path(__file__).parents[1])},

@@ -4,6 +4,7 @@ between two of them, and what all do together must then take as long as the form
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from minidl.distributed import costs
 from tests.emulated_cluster import cluster, needs_cluster
+from tests.test_distributed import matches
+from tests.test_distributed_elastic import launched, uninterrupted
 
 # Measured: α, β; all-reduces of some sizes by two algorithms; and a step whose layers "compute" by
 # sleeping, so that hosts do not compete for this machine's cores.
@@ -98,6 +101,22 @@ def busy(seconds: float = 1.0) -> float:
     time.sleep(seconds)
     taken = spent() - before
     return 1 - (taken[3] + taken[4]) / taken.sum()
+
+
+@needs_cluster
+@pytest.mark.mpi
+def test_a_rank_dies_on_another_host(tmp_path):
+    """The launcher hears of it, and starts all hosts' ranks again, to the same bits."""
+    with cluster(2, 1000, tmp_path) as machines:
+        options = ["--address", "10.77.0.1", "--mpi", shlex.join(machines.options())]
+        kill = '[["kill", 10, 1, 0]]'
+        run = {"n": 2, "options": options, "host": machines.on_first}
+        with launched(tmp_path / "run", 30, kill, **run) as job:
+            code, _, err = job.ended()
+    assert code == 0, err
+    matches(err, [r"rank 1 \(process \d+ on node1.*\) is gone without a word", "restart 1 of 10"])
+    losses = {step: {loss} for step, loss in uninterrupted(tmp_path, 30, 2).items()}
+    assert job.losses() == losses
 
 
 def predicted(hosts: int, link: costs.Link, keys: list[str]) -> dict[str, float]:

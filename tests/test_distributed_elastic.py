@@ -376,7 +376,7 @@ seconds = float(os.environ.get("CHECKPOINT_SECONDS", "0.05"))
 inner = training(steps, Losses(), drop=drop, nan=nan)
 done = dist.elastic.run(watched, folder, checkpoint_seconds=seconds)
 print(f"rank {dist.rank()} of {dist.world_size()} has done {done} steps")
-if os.environ["MINIDL_ON_FAILURE"] != "shrink":  # one that was spawned knows of the others
+if os.environ["MINIDL_ON_FAILURE"] == "respawn":  # one that was spawned knows of the others
     assert (local_rank(), local_ranks()) == (dist.rank(), dist.world_size())
 """
 
@@ -396,7 +396,7 @@ KILLS = int(os.environ.get("MINIDL_TEST_KILLS", "0"))  # in all, for each mode (
 class Launched:
     """`minidl launch`, running SCRIPT (or another program) in a folder of its own."""
 
-    def __init__(self, folder, *arguments, program=(), n=2, options=(), **environment):
+    def __init__(self, folder, *arguments, program=(), n=2, options=(), host=list, **environment):
         self.folder = folder
         folder.mkdir(exist_ok=True)
         if not program:
@@ -404,10 +404,11 @@ class Launched:
             program = [str(folder / "script.py"), str(folder)]
         if os.environ.get("MINIDL_MPIRUN"):
             environment["MPI4PY_LIBMPI"] = str(Path(MPIRUN).parents[1] / "lib")
-        command = ["-m", "minidl", "launch", "--mpirun", MPIRUN, "-n", str(n), *options]
+        command = [sys.executable, "-m", "minidl", "launch", "--mpirun", MPIRUN]
+        command += ["-n", str(n), *options]
         command += ["--elastic", "--backoff", "0.1", *program, *map(str, arguments)]
         self.process = subprocess.Popen(
-            [sys.executable, *command],
+            host(command),
             env={**os.environ, "PYTHONPATH": str(ROOT), "MINIDL_NUM_THREADS": "1",
                  "PYTHONUNBUFFERED": "", **environment},
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,

@@ -45,6 +45,10 @@ def launch(
     mpi: Annotated[
         str, typer.Option(help="More options for mpirun, such as '--hostfile hosts'.")
     ] = "",
+    address: Annotated[
+        str | None,
+        typer.Option(help="By which those hosts find this one.", show_default="its full name"),
+    ] = None,
 ) -> None:
     """Start a program on several ranks, watch them, and start them again.
 
@@ -57,7 +61,7 @@ def launch(
 
     code = launch(
         program, n, elastic=elastic, on_failure=on_failure, max_restarts=max_restarts,
-        backoff=backoff, stall=stall, give_up=give_up, mpirun=mpirun, mpi=mpi,
+        backoff=backoff, stall=stall, give_up=give_up, mpirun=mpirun, mpi=mpi, address=address,
     )  # fmt: skip
     raise typer.Exit(code)
 

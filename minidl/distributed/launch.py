@@ -194,8 +194,9 @@ class Attempt:
         self.deadline: float | None = None  # when it should have ended, or the ranks regrouped
         self.said: collections.deque[bytes] = collections.deque(maxlen=100)  # the last of it
 
-        host = job.listener.getsockname()[0] if job.local else socket.getfqdn()
-        port = job.listener.getsockname()[1]
+        host, port = job.listener.getsockname()
+        if not job.local:
+            host = job.address or socket.getfqdn()
         ours = {
             "MINIDL_LAUNCHER": f"{host}:{port}:{self.token}",
             "MINIDL_ATTEMPT": str(number),
@@ -409,6 +410,7 @@ class Launcher:
         self, program: Sequence[str], n: int, *, elastic: bool = False,
         on_failure: str = "restart", max_restarts: int = 10, backoff: float = 1.0,
         stall: float = 5.0, give_up: float = 60.0, mpirun: str | None = None, mpi: str = "",
+        address: str | None = None,
     ) -> None:  # fmt: skip
         if n < 1 or max_restarts < 0 or backoff < 0 or not 2 * BEAT <= stall <= give_up:
             raise ValueError(
@@ -435,7 +437,7 @@ class Launcher:
             )
         self.mpi = shlex.split(mpi)
         # With options for mpirun there may be other machines; they have to find this one.
-        self.local = not mpi
+        self.local, self.address = not mpi, address
         self.listener = socket.create_server(("127.0.0.1" if self.local else "", 0))
         self.signals: list[int] = []
 
@@ -446,7 +448,9 @@ class Launcher:
         ft = ["--with-ft", "ulfm"] if self.on_failure != "restart" else []
         export = [word for name in names for word in ("-x", name)]
         more = ["--oversubscribe"] if self.local else []
-        return [*ft, *more, "--bind-to", "none", *export, *self.mpi]
+        if "--bind-to" not in self.mpi:  # (mpirun takes it once)
+            more += ["--bind-to", "none"]
+        return [*ft, *more, *export, *self.mpi]
 
     def environment(self) -> dict[str, str]:
         root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -503,6 +507,8 @@ def launch(program: Sequence[str], n: int, **how: Any) -> int:
         give_up: kill it after so many.
         mpirun: which (default: $MINIDL_MPIRUN, the one beside this Python, or on the PATH).
         mpi: more options for it, in one string.
+        address: the name or IPv4 address by which other machines find this one (default: the name
+            that it gives itself).
 
     Returns:
         0: done; 128 + a signal's number: stopped by it; another: failed.
