@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +129,36 @@ def test_the_integers_are_those_of_plain_loops(residual: Any, per_channel: bool)
     np.testing.assert_array_equal(model(x).numpy(), values[graph.output])
     between = {y.dtype.name for y in found[:-1]}
     assert between == {"uint8"}  # from layer to layer there are bytes only
+
+
+@pytest.mark.parametrize("skip", [(), ("conv3",)])
+def test_bare_calls_give_what_the_graph_gives(residual: Any, skip: Any) -> None:
+    """Also after something was changed: the batch size, a weight, the kernel, the input's dtype."""
+    model: Any = quantize(residual, BATCHES, skip=skip)
+    x = BATCHES[1]
+
+    def same(net: Any, x: Any) -> Any:
+        y = net(x).numpy()
+        np.testing.assert_array_equal(y, model.graph.run([x], constants=model.constants()).numpy())
+        return y
+
+    first = [same(model, batch) for batch in (x, x[:1], x[:3], x)][-1]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    weight = getattr(model, model.names[model.graph.steps[1].inputs[1]])
+    weight.mul_(-1)
+    assert (same(model, x) != first).any()
+    model.load_state_dict(state)
+    assert (same(model, x) == first).all()
+    same(copy.deepcopy(model), x)
+    same(pickle.loads(pickle.dumps(model)), x)
+    same(model, x.double())
+    with minidl.use("conv_integer", "formula"):
+        same(model, x)
+        assert not model.program.takes([x])
+    assert model.program.takes([x])
+    with pytest.raises(ValueError, match="channels") as wrong:
+        model(minidl.rand(4, 3, 6, 6))
+    assert "in op conv_integer" in str(getattr(wrong.value, "__notes__", ""))
 
 
 @pytest.mark.parametrize("name, shape", [("cnn", (1, 28, 28)), ("resnet8", (3, 32, 32))])

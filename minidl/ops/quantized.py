@@ -19,8 +19,9 @@ The kernels take weights packed beforehand in place of an array (`pack_linear` a
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from minidl.ops.pool import adaptive_windows
 from minidl.tensor import raw
 
 INT32_MAX = 2**31 - 1
+Values = Callable[..., Any]  # an op whose other inputs are settled
+cpp: Any = native  # where `why_missing` has seen to it that there is one
 
 
 def along(v: Any, axis: int, ndim: int) -> Any:
@@ -334,46 +337,73 @@ def packed_zero(w: Any, zero_point: Any) -> None:
         raise ValueError(f"{w!r} has its zero point already: pass None for it")
 
 
-@matmul_integer.kernel("native", missing=why_missing)
-def _(a, b, a_zero_point, b_zero_point, scale, bias, zero_point, *, relu=False):
+# `bind_...` sees to all that does not depend on the values, once: the kernel is what it returns.
+
+
+def bind_matmul_integer(
+    b: Any, a_zero_point: Any, b_zero_point: Any, scale: Any, bias: Any, zero_point: Any,
+    *, relu: bool = False,
+) -> Values:  # fmt: skip
     """Four products at a time where the processor can; weights given as an array are packed now."""
-    packed = is_packed(b)
-    if not is_native(scale, bias, zero_point, a, b) or (not packed and (b.ndim != 2 or a.ndim < 2)):
-        return matmul_integer.op.formula(
-            a, b, a_zero_point, b_zero_point, scale, bias, zero_point, relu=relu
-        )
-    if packed:
+    formula = matmul_integer.op.formula
+    others = b, a_zero_point, b_zero_point, scale, bias, zero_point
+    if not is_native(scale, bias, zero_point, b) or (not is_packed(b) and b.ndim != 2):
+        return lambda a: formula(a, *others, relu=relu)
+    if is_packed(b):
         packed_zero(b, b_zero_point)
+        weights = b
     else:
-        b = native.pack_matmul_integer(b.T, int32(b_zero_point))
-    zero = int32(a_zero_point).reshape(-1)
-    if a.ndim > 2 and len(zero) > 1:
-        zero = np.tile(zero, math.prod(a.shape[:-2]))
-    n = b.shape[0]
+        weights = cpp.pack_matmul_integer(b.T, int32(b_zero_point))
+    zero, n = int32(a_zero_point).reshape(-1), weights.shape[0]
     how = finishing(n, scale, bias, zero_point, relu)
-    return native.matmul_integer(a.reshape(-1, a.shape[-1]), b, zero, **how).reshape(
-        *a.shape[:-1], n
-    )
+
+    def call(a: Any) -> Any:
+        if not (is_bytes(a) and a.size and a.ndim > 1):
+            return formula(a, *others, relu=relu)
+        if a.ndim == 2:
+            return cpp.matmul_integer(a, weights, zero, **how)
+        zeros = np.tile(zero, math.prod(a.shape[:-2])) if len(zero) > 1 else zero
+        y = cpp.matmul_integer(a.reshape(-1, a.shape[-1]), weights, zeros, **how)
+        return y.reshape(*a.shape[:-1], n)
+
+    return call
 
 
-@conv_integer.kernel("native", missing=why_missing)
-def _(
-    x, w, x_zero_point, w_zero_point, scale, bias, zero_point, *, groups=1, relu=False, **geometry
-):
+@matmul_integer.kernel("native", missing=why_missing)
+def _(a, *others, **how):
+    return bind_matmul_integer(*others, **how)(a)
+
+
+def bind_conv_integer(
+    w: Any, x_zero_point: Any, w_zero_point: Any, scale: Any, bias: Any, zero_point: Any,
+    *, groups: int = 1, relu: bool = False, **geometry: Pair,
+) -> Values:  # fmt: skip
     """Four channels are a word, and an image of words is convolved as one of floats is."""
-    if not is_native(scale, bias, zero_point, x, w):
-        return conv_integer.op.formula(
-            x, w, x_zero_point, w_zero_point, scale, bias, zero_point,
-            groups=groups, relu=relu, **geometry,
-        )  # fmt: skip
-    if not is_packed(w):
-        w = native.pack_conv_integer(w, int32(w_zero_point), groups)
-    else:
+    others = w, x_zero_point, w_zero_point, scale, bias, zero_point
+    formula = functools.partial(conv_integer.op.formula, groups=groups, relu=relu, **geometry)
+    if not is_native(scale, bias, zero_point, w):
+        return lambda x: formula(x, *others)
+    if is_packed(w):
         packed_zero(w, w_zero_point)
         if w.groups != groups:
             raise ValueError(f"{w!r} was packed for groups={w.groups}, not {groups}")
-    how = finishing(w.shape[0], scale, bias, zero_point, relu)
-    return native.conv_integer(x, w, int(int32(x_zero_point).reshape(())), **geometry, **how)
+        weights = w
+    else:
+        weights = cpp.pack_conv_integer(w, int32(w_zero_point), groups)
+    zero = int(int32(x_zero_point).reshape(()))
+    how = {**geometry, **finishing(weights.shape[0], scale, bias, zero_point, relu)}
+
+    def call(x: Any) -> Any:
+        if is_bytes(x) and x.size:
+            return cpp.conv_integer(x, weights, zero, **how)
+        return formula(x, *others)
+
+    return call
+
+
+@conv_integer.kernel("native", missing=why_missing)
+def _(x, *others, **how):
+    return bind_conv_integer(*others, **how)(x)
 
 
 # Between the products ---------------------------------------------------------------------
@@ -429,34 +459,82 @@ def adaptive_avg_pool2d_integer(x, scale, x_zero_point, zero_point, *, output_si
     return out
 
 
-@quantize_linear.kernel("native", dtypes=("float32",), missing=why_missing)
-def _(x, scale, zero_point, *, axis=1):
+def bind_quantize_linear(scale: Any, zero_point: Any, *, axis: int = 1) -> Values:
     """One scale for all, to bytes; the formula has the others."""
+    formula = quantize_linear.op.formula
     one_of_each = scale.size == zero_point.size == zero_point.dtype.itemsize == 1
-    if not one_of_each or scale.dtype != x.dtype:
-        return quantize_linear.op.formula(x, scale, zero_point, axis=axis)
-    return native.quantize_linear(x, scale.item(), zero_point.item(), name_of(zero_point))
+    if not one_of_each or scale.dtype != np.float32:
+        return lambda x: formula(x, scale, zero_point, axis=axis)
+    number, zero, name = scale.item(), zero_point.item(), name_of(zero_point)
+
+    def call(x: Any) -> Any:
+        if x.dtype == np.float32:
+            return cpp.quantize_linear(x, number, zero, name)
+        return formula(x, scale, zero_point, axis=axis)
+
+    return call
+
+
+@quantize_linear.kernel("native", dtypes=("float32",), missing=why_missing)
+def _(x, *others, **how):
+    return bind_quantize_linear(*others, **how)(x)
+
+
+def bind_add_integer(
+    a_scale: Any, b_scale: Any, a_zero_point: Any, b_zero_point: Any, zero_point: Any,
+    *, relu: bool = False,
+) -> Values:  # fmt: skip
+    others = a_scale, b_scale, a_zero_point, b_zero_point, zero_point
+    dtype = zero_point.dtype
+    if not (a_scale.dtype == b_scale.dtype == np.float32 and dtype.itemsize == 1):
+        return lambda a, b: add_integer.op.formula(a, b, *others, relu=relu)
+    numbers = [v.item() for v in others]
+
+    def call(a: Any, b: Any) -> Any:
+        if a.dtype == b.dtype == dtype:
+            return cpp.add_integer(a, b, *numbers, relu=relu)
+        return add_integer.op.formula(a, b, *others, relu=relu)
+
+    return call
 
 
 @add_integer.kernel("native", missing=why_missing)
-def _(a, b, a_scale, b_scale, a_zero_point, b_zero_point, zero_point, *, relu=False):
-    zeros = a_zero_point, b_zero_point, zero_point
-    floats = a_scale.dtype == b_scale.dtype == np.float32
-    if not (floats and a.dtype == b.dtype == zero_point.dtype and a.dtype.itemsize == 1):
-        return add_integer.op.formula(a, b, a_scale, b_scale, *zeros, relu=relu)
-    scales = a_scale.item(), b_scale.item()
-    return native.add_integer(a, b, *scales, *(z.item() for z in zeros), relu=relu)
+def _(a, b, *others, **how):
+    return bind_add_integer(*others, **how)(a, b)
+
+
+def bind_adaptive_avg_pool2d_integer(
+    scale: Any, x_zero_point: Any, zero_point: Any, *, output_size: Pair
+) -> Values:
+    """Of whole images; the formula has the other sizes."""
+    others = scale, x_zero_point, zero_point
+    formula = functools.partial(adaptive_avg_pool2d_integer.op.formula, output_size=output_size)
+    dtype = zero_point.dtype
+    if output_size != (1, 1) or x_zero_point.dtype != dtype or scale.dtype != np.float32:
+        return lambda x: formula(x, *others)
+    numbers = [v.item() for v in others]
+
+    def call(x: Any) -> Any:
+        if x.dtype == dtype and is_bytes(x) and x.size:
+            return cpp.mean_integer(x, *numbers)
+        return formula(x, *others)
+
+    return call
 
 
 @adaptive_avg_pool2d_integer.kernel("native", missing=why_missing)
-def _(x, scale, x_zero_point, zero_point, *, output_size):
-    """Of whole images; the formula has the other sizes."""
-    one_type = x.dtype == x_zero_point.dtype == zero_point.dtype and scale.dtype == np.float32
-    if output_size != (1, 1) or not (one_type and is_bytes(x) and x.size):
-        return adaptive_avg_pool2d_integer.op.formula(
-            x, scale, x_zero_point, zero_point, output_size=output_size
-        )
-    return native.mean_integer(x, scale.item(), x_zero_point.item(), zero_point.item())
+def _(x, *others, **how):
+    return bind_adaptive_avg_pool2d_integer(*others, **how)(x)
+
+
+# By op: from all inputs but the values, a function of the values.
+BOUND: dict[str, Callable[..., Values]] = {
+    "quantize_linear": bind_quantize_linear,
+    "matmul_integer": bind_matmul_integer,
+    "conv_integer": bind_conv_integer,
+    "add_integer": bind_add_integer,
+    "adaptive_avg_pool2d_integer": bind_adaptive_avg_pool2d_integer,
+}
 
 
 # Narrow weights ---------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from minidl.op import registry
 from minidl.ops.quantized import expect_sum_fits, pack_conv_integer, pack_matmul_integer
 from minidl.quantization.observers import OBSERVERS
 from minidl.quantization.packed import Packed, takes_packed
+from minidl.quantization.program import Program
 from minidl.quantization.qat import TINY, Grid
 from minidl.tensor import Tensor
 from minidl.trace import Graph, Ref, Step, refs_in
@@ -363,7 +364,7 @@ class Lowering:
         if key not in self.same:
             self.same[key] = Ref(self.next)
             self.next += 1
-            self.new.constants[self.same[key]] = Tensor(value)
+            self.new.constants[self.same[key]] = Tensor(value.copy())  # not the model's own
         return self.same[key]
 
     def as_bytes(
@@ -567,6 +568,7 @@ class Quantized(nn.Module):
             self.register_buffer(name, graph.constants[ref])
         self.weights = {step.inputs[1]: step for step in graph.steps if step.op in PACK}
         self.packed = {ref: Packed() for ref in self.weights}
+        self.program = Program(graph)
         self.eval()
 
     def constants(self) -> dict[Ref, Any]:
@@ -576,13 +578,26 @@ class Quantized(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """The steps, with weights that are packed once."""
+        program, now = self.program, vars(self)
+        with minidl.no_grad():
+            if program.takes(inputs):
+                arrays = [now[name].array for name in self.names.values()]
+                if not program.is_of(len(inputs[0]), arrays):
+                    program.make(len(inputs[0]), arrays, self.as_read(inputs[0]))
+                try:
+                    return program.run(inputs)
+                except Exception:
+                    pass  # the graph says better what is wrong
+            return self.graph.run(inputs, constants=self.as_read(inputs[0]))
+
+    def as_read(self, x: Tensor) -> dict[Ref, Any]:
+        """The constants, weights in the form in which the kernels for x read them."""
         constants = self.constants()
-        takes = {op for op in PACK if takes_packed(registry[op], inputs[0])}
+        takes = {op for op in PACK if takes_packed(registry[op], x)}
         for ref, step in self.weights.items():
             if step.op in takes:
                 constants[ref] = self.packed[ref].of(constants[ref], PACK[step.op], step.settings)
-        with minidl.no_grad():
-            return self.graph.run(inputs, constants=constants)
+        return constants
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write list and constants as safetensors."""
