@@ -14,7 +14,14 @@ import minidl
 from minidl import nn
 from minidl.backend.native import native
 from minidl.ops.quantized import pack_linear
-from minidl.quantization import ConvReLU2d, WeightOnlyLinear, fuse, weight_only
+from minidl.quantization import (
+    ConvReLU2d,
+    WeightOnlyLinear,
+    fuse,
+    half,
+    quantize,
+    weight_only,
+)
 
 DTYPES = ["int8", "float16", "bfloat16"]
 # half a step of the narrow numbers, relative to the largest weight of a row or to the weight itself
@@ -113,6 +120,17 @@ def test_a_row_of_zeros_or_of_subnormal_numbers(x: Any) -> None:
         linear.weight.array[0], linear.weight.array[1] = 0, 1e-42
     y = WeightOnlyLinear.from_float(linear)(x).numpy()
     assert (y[:, 0] == 0).all() and np.isfinite(y).all()
+
+
+@pytest.mark.parametrize(
+    "scheme, dtype",
+    [("weight_only", "int8"), ("weight_only", "int4"), ("dynamic", "int8"), ("half", "float16"),
+     ("half", "bfloat16")],
+)  # fmt: skip
+def test_a_batch_of_nothing(scheme: str, dtype: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    model = half(model, dtype) if scheme == "half" else quantize(model, dtype=dtype, scheme=scheme)
+    assert model(minidl.zeros(0, 8)).shape == (0, 2)
 
 
 def test_bad_input() -> None:

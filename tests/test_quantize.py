@@ -142,7 +142,7 @@ def test_bare_calls_give_what_the_graph_gives(residual: Any, skip: Any) -> None:
         np.testing.assert_array_equal(y, model.graph.run([x], constants=model.constants()).numpy())
         return y
 
-    first = [same(model, batch) for batch in (x, x[:1], x[:3], x)][-1]
+    first = [same(model, batch) for batch in (x, x[:1], x[:0], x)][-1]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     weight = getattr(model, model.names[model.graph.steps[1].inputs[1]])
     weight.mul_(-1)

@@ -40,9 +40,9 @@ class Packed:
 def takes_packed(op: OpFunction, x: Tensor) -> bool:
     """Whether ``op(x, weight, ...)`` runs the kernel that packed weights are for.
 
-    It does not where x wants a gradient, which needs the weights as they are.
+    It does not where x wants a gradient, which needs the weights as they are, or has no elements.
     """
-    if native is None or (x.requires_grad and mode.enabled):
+    if native is None or (x.requires_grad and mode.enabled) or not x.array.size:
         return False
     function = op.op.table.get((type(x.array), x.dtype)) or op.op.implementation(x.array)
     return any(k.function is function and k.name == "native" for k in op.op.kernels)
