@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -299,10 +298,8 @@ def main() -> None:
 
 def in_shared_memory(ranks: int, threads: int, environment: Any) -> str:
     """The table of `work`."""
-    beside = Path(sys.executable).parent / "mpirun"
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        raise SystemExit("This needs MPI: pip install 'minidl[mpi]'")
+    from minidl.distributed.launch import find_mpirun
+
     there = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_WAIT_POLICY": "passive",
     }  # fmt: skip
@@ -311,7 +308,7 @@ def in_shared_memory(ranks: int, threads: int, environment: Any) -> str:
             ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1"
         )  # Open MPI refuses otherwise
     done = subprocess.run(
-        [mpirun, "--oversubscribe", "--bind-to", "none", "-n", str(ranks), sys.executable,
+        [find_mpirun()[0], "--oversubscribe", "--bind-to", "none", "-n", str(ranks), sys.executable,
          *sys.argv, "--work"],
         env=environment(threads, there), text=True, stdout=subprocess.PIPE, check=True,
     )  # fmt: skip

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from minidl import nn, optim
 from minidl.backend.threads import set_num_threads
 from minidl.data import Digits
 from minidl.distributed import mapreduce
+from minidl.distributed.launch import find_mpirun
 
 PARTITIONS, BATCH = 4, 256
 Gradient = dict[str, np.ndarray]
@@ -105,9 +105,8 @@ def rank(n: int, width: int, times: int, out: str) -> None:
 
 
 def mpi(file: Path, n: int, width: int, times: int) -> tuple[float, Gradient]:
-    mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or "mpirun"
     out = file.with_suffix(".mpi")
-    command = [mpirun, "-n", "2", sys.executable, __file__, "--rank", str(n), str(width),
+    command = [find_mpirun()[0], "-n", "2", sys.executable, __file__, "--rank", str(n), str(width),
                str(times), str(out)]  # fmt: skip
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     subprocess.run(command, check=True, timeout=300, env={**os.environ, **allowed})
