@@ -14,7 +14,7 @@ import pytest
 from minidl.distributed import costs
 from tests.emulated_cluster import cluster, needs_cluster
 from tests.test_distributed import matches
-from tests.test_distributed_elastic import launched, uninterrupted
+from tests.test_distributed_launch import launched, uninterrupted
 
 # Measured: α, β; all-reduces of some sizes by two algorithms; and a step whose layers "compute" by
 # sleeping, so that hosts do not compete for this machine's cores.

@@ -14,7 +14,8 @@ import minidl
 from minidl import models, nn
 from minidl.captioning import Captioner, Encoder, ShowAndTell, ShowAttend, Vocabulary, convolutions
 from minidl.nn.utils.rnn import pack_padded_sequence
-from minidl.ops.quantized import dynamic_quantize_linear, pack_int4, unpack_int4
+from minidl.ops.narrow import pack_int4, unpack_int4
+from minidl.ops.quantized import dynamic_quantize_linear
 from minidl.quantization import fuse, prepare_qat, quantize
 from minidl.quantization.dynamic import DynamicConv2d, DynamicLinear
 from minidl.quantization.int4 import Int4Embedding, Int4Linear

@@ -18,7 +18,8 @@ from ml_dtypes import bfloat16
 
 pytest.importorskip("minidl._native", reason="the C++ kernels are not built")
 from minidl import _native
-from minidl.ops.quantized import conv_integer, linear_weight_only, matmul_integer
+from minidl.ops.narrow import linear_weight_only
+from minidl.ops.quantized import conv_integer, matmul_integer
 from tests.test_native import Conv, conv2d, convs
 
 Array = np.ndarray[Any, Any]

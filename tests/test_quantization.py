@@ -13,7 +13,7 @@ import pytest
 import minidl
 from minidl import nn
 from minidl.backend.native import native
-from minidl.ops.quantized import pack_linear
+from minidl.ops.narrow import pack_linear
 from minidl.quantization import (
     ConvReLU2d,
     WeightOnlyLinear,

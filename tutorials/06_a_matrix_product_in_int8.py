@@ -247,7 +247,7 @@ for name in ("formula", *[k.name for k in matmul_integer.op.kernels if not k.mis
 # 3. Quantize `x` per row. Does the scale still come out of the sum? And `w` per *row* (a scale for
 #    each $k$)?
 # 4. Keep the weights in 8 bits and `x` in float32. What is saved, and for which shapes does it pay?
-#    (`linear_weight_only` in `minidl/ops/quantized.py`.)
+#    (`linear_weight_only` in `minidl/ops/narrow.py`.)
 #
 # The ops are in `minidl/ops/quantized.py`, the C++ in `csrc/cpu/integer.h` and `csrc/cpu/narrow.h`.
 # Next: `07_a_cuda_kernel_on_a_cpu.py`.

@@ -14,6 +14,7 @@ from minidl.ops import (
     linalg,
     loss,
     methods,
+    narrow,
     norm,
     pool,
     quantized,
@@ -26,5 +27,5 @@ from minidl.ops import (
 
 __all__ = [
     "attention", "conv", "cuda", "dropout", "elementwise", "embedding", "half", "linalg", "loss",
-    "methods", "norm", "pool", "quantized", "reduce", "rnn", "shape", "softmax", "warp",
+    "methods", "narrow", "norm", "pool", "quantized", "reduce", "rnn", "shape", "softmax", "warp",
 ]  # fmt: skip

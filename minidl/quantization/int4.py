@@ -16,7 +16,7 @@ import numpy as np
 
 from minidl import nn
 from minidl.nn import functional as F
-from minidl.ops.quantized import linear_int4, pack_int4, widened_int4
+from minidl.ops.narrow import linear_int4, pack_int4, widened_int4
 from minidl.quantization.rounding import finite, steps
 from minidl.tensor import Tensor
 

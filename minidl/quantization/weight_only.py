@@ -19,7 +19,7 @@ import numpy as np
 
 from minidl import nn
 from minidl.nn import functional as F
-from minidl.ops.quantized import linear_weight_only, pack_linear
+from minidl.ops.narrow import linear_weight_only, pack_linear
 from minidl.quantization.int4 import Int4Embedding, Int4Linear
 from minidl.quantization.packed import Packed, takes_packed
 from minidl.quantization.recurrent import RECURRENT, Narrow

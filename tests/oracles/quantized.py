@@ -1,4 +1,4 @@
-"""Oracles of `minidl.ops.quantized`."""
+"""Oracles of `minidl.ops.quantized` and `minidl.ops.narrow`."""
 
 import numpy as np
 
